@@ -1,0 +1,346 @@
+"""Bounds on harm: a multiplier while something is optimised, a certificate before it is kept.
+
+A harm is one number per held-out example, from 0 to `high` (1 when an answer changed, say). A certificate says with a
+stated confidence that the mean harm over all such examples, not only over those measured, is at most a number. The
+examples must be drawn independently and must not have been used to choose or fit the change.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, TypeVar, cast
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .errors import BoundRefused, UserError, unknown
+
+__all__ = ["Certificate", "Method", "Multiplier", "certify", "needed", "require", "upper_bound"]
+
+Method = Literal["betting", "hoeffding_bentkus"]
+Harms = NDArray[np.float64]
+T = TypeVar("T")
+
+_MAX_BET = 0.75
+"""Share of the stake that a single example may take, so that one harmed example never ends the game."""
+
+
+# ---------------------------------------------------------------- certificates
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What was proved about a mean harm.
+
+    Args:
+        what: The harm in words, in the plural: ``"changed answers"``.
+        limit: The mean harm that is allowed.
+        confidence: The probability, over the draw of the examples, that `upper` is not too low.
+        n: How many examples were measured.
+        mean: Their mean harm.
+        upper: The upper bound of the true mean harm.
+        method: How the bound was computed.
+        high: The largest harm that an example can have.
+    """
+
+    what: str
+    limit: float
+    confidence: float
+    n: int
+    mean: float
+    upper: float
+    method: Method
+    high: float = 1.0
+
+    @property
+    def holds(self) -> bool:
+        """Whether the bound is within the limit."""
+        return self.upper <= self.limit
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields and the verdict as plain values that JSON can hold."""
+        return {**asdict(self), "holds": self.holds}
+
+    def sentence(self) -> str:
+        """Say it in one English sentence.
+
+        Example:
+            >>> print(Certificate("changed answers", 0.05, 0.95, 200, 0.01, 0.035, "betting").sentence())
+            With 95% confidence the mean of changed answers is at most 0.035, within the limit of 0.05 (measured: 0.01 on 200 examples).
+        """  # noqa: E501
+        verdict = "within" if self.holds else "above"
+        return (
+            f"With {self.confidence * 100:g}% confidence the mean of {self.what} is at most {_up(self.upper)}, "
+            f"{verdict} the limit of {self.limit:g} (measured: {self.mean:.3g} on {_examples(self.n)}"
+            f"{self._too_few()})."
+        )
+
+    def _too_few(self) -> str:
+        least = needed(self.limit, self.confidence, high=self.high, method=self.method)
+        return "" if self.holds or self.n >= least else f"; even with no harm at all {_examples(least)} are needed"
+
+
+def certify(
+    harms: ArrayLike,
+    limit: float,
+    *,
+    confidence: float = 0.95,
+    high: float = 1.0,
+    method: Method = "betting",
+    what: str = "changed answers",
+    seed: int = 0,
+) -> Certificate:
+    """Bound the mean harm from held-out examples and compare it with a limit.
+
+    Args:
+        harms: One harm per example, each from 0 to `high`.
+        limit: The mean harm that is allowed, in the unit of the harms.
+        confidence: Between 0 and 1.
+        high: The largest harm that an example can have.
+        method: See `upper_bound`.
+        what: The harm in words, in the plural.
+        seed: See `upper_bound`.
+
+    Raises:
+        UserError: A harm, the limit or the confidence is not a number that is allowed.
+
+    Example:
+        >>> certify([0] * 200, limit=0.05).holds
+        True
+    """
+    _check_limit(limit)
+    upper = upper_bound(harms, confidence=confidence, high=high, method=method, seed=seed)
+    x = _harms(harms, high)
+    return Certificate(what, float(limit), float(confidence), x.size, math.fsum(x) / x.size, upper, method, float(high))
+
+
+def require(certificate: Certificate) -> None:
+    """Refuse to go on unless the certificate holds.
+
+    Raises:
+        BoundRefused: It does not; the message has the numbers.
+    """
+    if not certificate.holds:
+        why = "Measure more examples" if certificate.mean <= certificate.limit else "Ask for a gentler change"
+        raise BoundRefused(f"{certificate.sentence()} The change is refused. {why}, or allow a higher limit.")
+
+
+def upper_bound(
+    harms: ArrayLike, *, confidence: float = 0.95, high: float = 1.0, method: Method = "betting", seed: int = 0
+) -> float:
+    """Return a number that the true mean harm exceeds with probability at most 1 - confidence.
+
+    Both methods hold for any number of examples and any distribution on [0, high].
+
+    Source:
+        ``betting``: the one-sided capital process with predictable plug-in bets of Waudby-Smith and Ramdas (2024),
+        and its running maximum. ``hoeffding_bentkus``: the p-value of Bates et al. (2021), inverted; it never falls
+        when a harm rises, and it is the tighter one when no example is harmed.
+
+    Args:
+        harms: One harm per example, each from 0 to `high`.
+        confidence: Between 0 and 1.
+        high: The largest harm that an example can have.
+        method: ``"betting"`` (tighter when harms vary little) or ``"hoeffding_bentkus"``.
+        seed: Betting reads the examples in a random order drawn from it. Choose it before looking at the data:
+            trying several until one passes voids the confidence.
+
+    Returns:
+        The bound, from the measured mean to `high`.
+
+    Raises:
+        UserError: Harms are missing, not finite or out of range (the message has the index), or an argument is wrong.
+
+    Example:
+        >>> round(upper_bound([0] * 59, method="hoeffding_bentkus"), 3)
+        0.05
+    """
+    x = _harms(harms, high) / high
+    _check_confidence(confidence)
+    if method not in _METHODS:
+        raise unknown("bound", method, _METHODS)
+    rejects = _METHODS[method](np.random.default_rng(seed).permutation(x), 1 - confidence)
+    return min(high, high * _largest_possible(rejects, math.fsum(x) / x.size))
+
+
+def needed(limit: float, confidence: float = 0.95, *, high: float = 1.0, method: Method = "betting") -> int:
+    """Return how many examples a certificate needs when not one of them is harmed.
+
+    Example:
+        >>> needed(0.05, method="hoeffding_bentkus"), needed(0.05)
+        (59, 78)
+    """
+    _check_limit(limit)
+    _check_confidence(confidence)
+    if method not in _METHODS:
+        raise unknown("bound", method, _METHODS)
+    share = limit / high
+    if share >= 1:
+        return 1
+    enough = 1
+    while not _METHODS[method](np.zeros(enough), 1 - confidence)(share):
+        enough *= 2
+    low = enough // 2
+    while enough - low > 1:
+        middle = (low + enough) // 2
+        low, enough = (low, middle) if _METHODS[method](np.zeros(middle), 1 - confidence)(share) else (middle, enough)
+    return enough
+
+
+Rejects = Callable[[float], bool]
+"""Whether the data rule out that the true mean is as large as this; never true below a value where it is false."""
+
+
+def _betting(x: Harms, delta: float) -> Rejects:
+    """Bet against each candidate mean; whoever multiplies the stake by 1/delta has refuted it."""
+    count = np.arange(1, x.size + 1)
+    mean = (0.5 + np.cumsum(x)) / (count + 1)
+    spread = (0.25 + np.cumsum((x - mean) ** 2)) / (count + 1)
+    before = np.concatenate([[0.25], spread[:-1]])  # a bet may only know the examples before it
+    bets = np.sqrt(2 * math.log(1 / delta) / (x.size * before))
+
+    def rejects(candidate: float) -> bool:
+        stake = np.minimum(bets, _MAX_BET / (1 - candidate))
+        return bool(np.cumsum(np.log1p(stake * (candidate - x))).max() >= math.log(1 / delta))
+
+    return rejects
+
+
+def _hoeffding_bentkus(x: Harms, delta: float) -> Rejects:
+    from scipy.special import bdtr, xlogy
+
+    n, total = x.size, math.fsum(x)
+    mean, harmed = total / n, math.ceil(total - 1e-12 * n)
+
+    def rejects(candidate: float) -> bool:
+        if candidate <= mean:
+            return False
+        divergence = xlogy(mean, mean / candidate) + xlogy(1 - mean, (1 - mean) / (1 - candidate))
+        return bool(-n * divergence <= math.log(delta) or math.e * bdtr(harmed, n, candidate) <= delta)
+
+    return rejects
+
+
+_METHODS: dict[str, Callable[[Harms, float], Rejects]] = {
+    "betting": _betting,
+    "hoeffding_bentkus": _hoeffding_bentkus,
+}
+
+
+def _largest_possible(rejects: Rejects, mean: float) -> float:
+    """Bisect for the smallest rejected mean in [mean, 1]; the end returned is the rejected one, or 1."""
+    low, high = mean, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        if not low < middle < high:
+            break
+        low, high = (low, middle) if rejects(middle) else (middle, high)
+    return high
+
+
+# ---------------------------------------------------------------- the multiplier
+
+
+@dataclass
+class Multiplier:
+    """The price of a constraint E[harm] <= limit while something is optimised: it rises while the limit is exceeded.
+
+    Each step, add `penalty` to the loss that is minimised, then `update` with the harm that was measured. The price
+    settles at the constraint's Lagrange multiplier, or at 0 when the constraint costs nothing.
+
+    Args:
+        limit: The harm that is allowed.
+        step_size: How far one unit of excess raises the price in one update.
+        value: The price at the start.
+        maximum: The price never exceeds it.
+        smoothing: Share of the running mean that is kept at each update, from 0 (none) to below 1, for noisy harms.
+
+    Raises:
+        UserError: An argument is outside of its range.
+
+    Example:
+        >>> price = Multiplier(limit=0.1, step_size=1.0)
+        >>> round(price.update(0.3), 3), round(price.update(0.0), 3), price.update(0.0)
+        (0.2, 0.1, 0.0)
+    """
+
+    limit: float
+    step_size: float = 0.1
+    value: float = 0.0
+    maximum: float = math.inf
+    smoothing: float = 0.0
+    smoothed: float | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.limit) and self.step_size > 0 and math.isfinite(self.step_size)):
+            raise UserError(f"A multiplier needs a finite limit and a step size above 0; got {self.limit!r} and "
+                            f"{self.step_size!r}.")  # fmt: skip
+        if not (0 <= self.smoothing < 1 and 0 <= self.value <= self.maximum):
+            raise UserError(
+                f"A multiplier needs 0 <= smoothing < 1 and 0 <= value <= maximum; got smoothing {self.smoothing!r}, "
+                f"value {self.value!r}, maximum {self.maximum!r}."
+            )
+
+    def update(self, harm: float) -> float:
+        """Move the price by the excess of `harm` over the limit, never below 0, and return it.
+
+        Args:
+            harm: A number, or a tensor or array that holds one; its gradient is not followed.
+
+        Raises:
+            UserError: `harm` is not finite; the price is unchanged.
+        """
+        harm = float(getattr(harm, "detach", lambda: harm)())
+        if not math.isfinite(harm):
+            raise UserError(f"The harm must be a finite number; got {harm!r}. The optimisation has diverged: lower its "
+                            "learning rate.")  # fmt: skip
+        kept = self.smoothing if self.smoothed is not None else 0.0
+        self.smoothed = kept * (self.smoothed or 0.0) + (1 - kept) * harm
+        self.value = min(self.maximum, max(0.0, self.value + self.step_size * (self.smoothed - self.limit)))
+        return self.value
+
+    def penalty(self, harm: T) -> T:
+        """Return value * (harm - limit), to be added to the loss; `harm` may be a number, an array or a tensor."""
+        return cast(T, self.value * (cast(Any, harm) - self.limit))
+
+
+# ---------------------------------------------------------------- checks
+
+
+def _harms(harms: ArrayLike, high: float) -> Harms:
+    if not (math.isfinite(high) and high > 0):
+        raise UserError(f"The largest possible harm must be finite and above 0; got {high!r}.")
+    try:
+        x = np.asarray(harms, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"Harms must be numbers, one per example; got {type(harms).__name__}.") from error
+    if x.ndim != 1 or x.size == 0:
+        raise UserError(f"Harms must be a list of at least one number, one per example; got shape {x.shape}.")
+    wrong = ~((x >= 0) & (x <= high))  # not a number compares false, so it is wrong too
+    if wrong.any():
+        index = int(wrong.argmax())
+        raise UserError(f"Harm number {index} is {x[index]:g}; each must lie from 0 to {high:g}.")
+    return x
+
+
+def _check_limit(limit: float) -> None:
+    if not (math.isfinite(limit) and limit > 0):
+        raise UserError(f"The limit must be a finite number above 0 (no sample proves that harm never happens); got "
+                        f"{limit!r}.")  # fmt: skip
+
+
+def _check_confidence(confidence: float) -> None:
+    if not 0 < confidence < 1:
+        raise UserError(f"The confidence must lie between 0 and 1, both excluded; got {confidence!r}.")
+
+
+def _up(value: float) -> str:
+    """Round to three digits, upward: a bound must not look lower than it is."""
+    step = 10.0 ** (math.floor(math.log10(value)) - 2) if value > 0 else 1.0
+    return f"{math.ceil(value / step - 1e-9) * step:.3g}"
+
+
+def _examples(n: int) -> str:
+    return f"{n} example" + "s" * (n != 1)

@@ -1,0 +1,207 @@
+"""What every editing method is, and the steps that several of them share.
+
+A method is a frozen dataclass of settings with one job, `plan`: read a model and facts, return a `Change`, alter
+nothing. A new one needs its file, its test and a line in the changelog.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.resources import files
+from typing import Any, Literal
+
+import torch
+import yaml
+from torch import Tensor
+
+from .. import linalg, stats
+from ..anatomy import Anatomy
+from ..change import Change, Part, apply
+from ..errors import FactError, ModelError, SettingsError
+from ..model import Model
+from ..settings import Settings, setting
+from ..tokens import Bos
+from ..trace import Trace
+from .contexts import Contexts
+from .facts import Fact
+
+__all__ = ["EditMethod", "ValueEditMethod", "block_at", "down", "metrics", "published", "require_decoder", "rule"]
+
+MetricName = Literal["identity", "covariance"]
+
+
+@dataclass(frozen=True)
+class EditMethod(Settings, ABC):
+    """Base of every editing method. Its name is its file's name."""
+
+    seed: int = setting(0, "Seed of everything random.", ge=0)
+    faithful: bool = setting(False, "Follow the authors' code where it differs from our default.")
+
+    @property
+    def name(self) -> str:
+        """The method's name: its file's."""
+        return type(self).__module__.rsplit(".", 1)[-1]
+
+    @abstractmethod
+    def plan(self, model: Model, facts: Sequence[Fact]) -> Change:
+        """Plan one change that makes all facts true; the model is not altered.
+
+        Raises:
+            FactError: A fact cannot be used by this method.
+            ModelError: The family has no such edit.
+        """
+
+    def plan_each(self, model: Model, facts: Sequence[Fact]) -> list[Change]:
+        """Plan a change for each fact alone, as if the others did not exist."""
+        return [self.plan(model, [fact]) for fact in facts]
+
+    def as_published(self, model: Model) -> Any:
+        """Return this method with the published settings of this model's row, under ``faithful``."""
+        if not self.faithful:
+            return self
+        row = published(self.name, model.anatomy)
+        fields = type(self).__dataclass_fields__
+        untouched = {k: v for k, v in row.items() if k in fields and getattr(self, k) == fields[k].default}
+        return replace(self, **untouched)
+
+    def change(self, model: Model, facts: Sequence[Fact], parts: Mapping[str, Part], **more: Any) -> Change:
+        """Make a `Change` of this method's parts, with its provenance."""
+        return Change(
+            self.name,
+            model.base_fingerprint,
+            parts,
+            settings=self.to_dict(),
+            facts=tuple(f.to_dict() for f in facts),
+            **more,
+        )
+
+    def ready(self, model: Model, facts: Sequence[Fact]) -> None:
+        """Check what every method needs before any work.
+
+        Raises:
+            FactError: There are no facts.
+            ModelError: The model is no decoder.
+        """
+        require_decoder(model, self.name)
+        if not facts:
+            raise FactError("There are no facts to edit.")
+
+
+@dataclass(frozen=True)
+class ValueEditMethod(EditMethod):
+    """Base of the methods that find a value vector by gradient and write it at a key.
+
+    The fields are the shared settings of that search; see `retouch.edit.value.optimise`.
+    """
+
+    n_steps: int = setting(20, "Steps of the search; N steps make N - 1 updates.", ge=1, le=1000)
+    learning_rate: float = setting(0.5, "Adam's step for the value.", gt=0)
+    clamp: float = setting(4.0, "Longest value change, in lengths of the value itself.", gt=0)
+    kl_factor: float = setting(0.0625, "Weight of the drift of '{subject} is a'.", ge=0)
+    weight_decay: float = setting(0.5, "Weight of the value change's own length.", ge=0)
+    weight_decay_form: Literal["published", "relative"] = setting(
+        "published", "published: |d| / |v|^2; relative: |d|^2 / |v|^2."
+    )
+    kl_position: Literal["subject", "last"] = setting("subject", "Where the drift of '{subject} is a' is read.")
+    stop: Literal["loss", "argmax"] = setting("loss", "When a fact is done: loss small, or target first everywhere.")
+    stop_loss: float = setting(0.05, "Loss at which a fact is done (stop = loss).", ge=0)
+    min_margin: float = setting(1.0, "Lead of the target in nats at which a fact is done (stop = argmax).", ge=0)
+    contexts: Contexts = setting("memit", "Texts put before the prompt: plain, memit, rome, or a list of your own.")
+    bos: Bos = setting("tokenizer", "Beginning-of-text token: as the tokenizer does, always, never.")
+    n_tokens: int = setting(0, "Tokens read for second moments; 0: the larger of 20 widths and 30,000.", ge=0)
+    text: str = setting("", "Text file for second moments; empty: the corpus that ships with Retouch.")
+    budget_mib: int = setting(512, "Memory for the search's activations, in MiB.", ge=16)
+
+
+def rule(fraction: float, anatomy: Anatomy) -> int:
+    """Return the block at a fraction of the depth: r(f) = round(f L)."""
+    return min(anatomy.n_blocks - 1, round(fraction * anatomy.n_blocks))
+
+
+def block_at(wanted: int, fraction: float, anatomy: Anatomy, name: str) -> int:
+    """Return the block that a setting asks for, or by the depth rule when it is -1.
+
+    Raises:
+        SettingsError: The model has no such block.
+    """
+    if wanted >= anatomy.n_blocks:
+        raise SettingsError(f"{name}: this model has blocks 0 to {anatomy.n_blocks - 1}; got {wanted}.")
+    return rule(fraction, anatomy) if wanted < 0 else wanted
+
+
+def down(block: int) -> str:
+    """Name the weight that writes a block's MLP result back."""
+    return f"blocks.{block}.mlp.down"
+
+
+def require_decoder(model: Model, method: str) -> None:
+    """Refuse a model that predicts no next token.
+
+    Raises:
+        ModelError: The model is an encoder or has no head.
+    """
+    if model.anatomy.kind != "decoder" or not model.anatomy.has_head:
+        raise ModelError(
+            f"Method {method!r} edits models that predict the next token; {model.source} is a {model.anatomy.family} "
+            f"{model.anatomy.kind}. Open a decoder, e.g. smollm2."
+        )
+
+
+@cache
+def _published() -> dict[str, list[dict[str, Any]]]:
+    text = (files("retouch") / "data" / "published.yaml").read_text(encoding="utf-8")
+    rows: dict[str, list[dict[str, Any]]] = yaml.safe_load(text)
+    return rows
+
+
+def published(method: str, anatomy: Anatomy) -> dict[str, Any]:
+    """Return the published settings for a model of this family, depth and width; empty when there are none."""
+    for row in _published().get(method, []):
+        if anatomy.family in row["families"] and (anatomy.n_blocks, anatomy.d_model) == tuple(row["size"]):
+            return dict(row["settings"])
+    return {}
+
+
+def metrics(
+    model: Model, names: Sequence[str], kind: MetricName, *, text: str = "", n_tokens: int = 0, bos: Bos = "tokenizer"
+) -> dict[str, linalg.Identity | linalg.Covariance]:
+    """Make the metric of each weight, once for all facts.
+
+    Args:
+        model: The model.
+        names: Weights.
+        kind: ``identity`` needs no statistics; ``covariance`` reads them from the cache or collects them.
+        text: A text file; empty for the corpus that ships with Retouch.
+        n_tokens: Tokens to read; 0 for the default.
+        bos: Beginning-of-text rule.
+    """
+    if kind == "identity":
+        return {n: linalg.Identity() for n in names}
+    moments = stats.collect(model, names, text=text or None, n_tokens=n_tokens or None, bos=bos)
+    return {n: linalg.Covariance.from_moment(m.mean) for n, m in moments.items()}
+
+
+@torch.no_grad()
+def keys_at(
+    model: Model, rows: Sequence[tuple[int, ...]], positions: Sequence[int], name: str, trace: Trace | None = None
+) -> Tensor:
+    """Read the input of a weight at one position of each row.
+
+    Shapes:
+        Returns (rows, inputs), float64 on the CPU.
+    """
+    batch = model.batch([row[: p + 1] for row, p in zip(rows, positions)])
+    with Trace(model) as own:
+        own.read(name, "input")
+        own.run(batch, stop_after=name)
+        seen = own[name, "input"]
+    index = torch.arange(len(rows))
+    return seen[index, batch.first.cpu() + torch.tensor(list(positions))].double().cpu()
+
+
+def written(model: Model, change: Change) -> Model:
+    """Apply a change to a model that is being planned on."""
+    return apply(model, change)

@@ -1,0 +1,197 @@
+"""Which changes a model carries, in order; undo any one of them exactly.
+
+The ledger keeps the unchanged value of every weight it ever touched and recomposes from there, so a weight depends
+only on the set of changes in force: undo is bit-exact, in any order.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import change as changes
+from . import store
+from .change import Change
+from .errors import NoEffect, StoreError, UnknownName
+from .model import Model, open_model
+
+__all__ = ["Entry", "Ledger", "open_ledger", "save_ledger"]
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """One line of a ledger."""
+
+    number: int
+    change: Change
+    when: str
+    active: bool = True
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the line for programs."""
+        return {
+            "number": self.number,
+            "id": self.change.id,
+            "method": self.change.method,
+            "status": "active" if self.active else "undone",
+            "when": self.when,
+            "facts": [dict(f) for f in self.change.facts],
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Ledger:
+    """A model and the changes it carries. Every operation returns a new ledger.
+
+    Attributes:
+        model: The model with all active changes in it.
+        entries: The changes, by number from 1; undone ones stay listed.
+        originals: The unchanged value of every weight that an entry touches, as (outputs, inputs), by our names.
+    """
+
+    model: Model
+    entries: tuple[Entry, ...] = ()
+    originals: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def active(self) -> list[Change]:
+        """The changes in force."""
+        return [e.change for e in self.entries if e.active]
+
+    def keys(self, name: str) -> Tensor | None:
+        """Return the keys that active changes set at a weight, (inputs, n): a later solve must keep them."""
+        found = [c.keys[name] for c in self.active if name in c.keys]
+        return torch.cat(found, 1) if found else None
+
+    def apply(self, change: Change, when: str | None = None) -> Ledger:
+        """Add a change.
+
+        Raises:
+            WrongBase: It was planned for another model.
+            NoEffect: It is in force already, or the weights did not become what was planned.
+        """
+        changes.check_base(self.model, change)
+        if any(c.id == change.id for c in self.active):
+            number = next(e.number for e in self.entries if e.active and e.change.id == change.id)
+            raise NoEffect(
+                f"Change {change.id} is in force already, as number {number}. Undo that first, or plan anew."
+            )
+        originals = {n: changes._matrix(self.model, n).clone() for n in change.parts if n not in self.originals}
+        stamp = when or datetime.now(UTC).isoformat(timespec="seconds")
+        entry = Entry(max((e.number for e in self.entries), default=0) + 1, change, stamp)
+        new = self._recomposed({**self.originals, **originals}, (*self.entries, entry), change)
+        changes.prove_stored(self.model, new.model, change)
+        return new
+
+    def undo(self, number: int) -> Ledger:
+        """Take one change out of force; all others stay bit for bit as if it had never been applied.
+
+        Raises:
+            UnknownName: There is no active change of that number.
+        """
+        found = [e for e in self.entries if e.number == number]
+        if not found or not found[0].active:
+            why = "was undone already" if found else "does not exist"
+            known = ", ".join(str(e.number) for e in self.entries if e.active) or "none"
+            raise UnknownName(f"Change number {number} {why}. Active: {known}. See: retouch log")
+        entries = tuple(replace(e, active=False) if e.number == number else e for e in self.entries)
+        return self._recomposed(self.originals, entries, found[0].change)
+
+    def _recomposed(self, originals: Mapping[str, Tensor], entries: tuple[Entry, ...], touched: Change) -> Ledger:
+        active = [e.change for e in entries if e.active]
+        wanted = {n: originals[n] for n in touched.parts}
+        model = self.model.with_weights(changes.compose(self.model, wanted, active), self.model.base_fingerprint)
+        if model.fingerprint == model.base:
+            model = replace(model, base=None)
+        return Ledger(model, entries, originals)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the whole list for programs."""
+        return {"base": self.model.base_fingerprint, "changes": [e.to_dict() for e in self.entries]}
+
+
+def save_ledger(
+    ledger: Ledger, path: Path, *, dtype: str | None = None, report: Mapping[str, Any] | None = None
+) -> None:
+    """Write a model folder that any Hugging Face loader opens and that carries its ledger.
+
+    Args:
+        ledger: What to write.
+        path: The folder; an existing model folder of ours is replaced in one step.
+        dtype: Type of the stored weights; by default the file type the model came in.
+        report: Measurements to keep beside.
+    """
+    dtype = dtype or ledger.model.file_dtype
+    record = {
+        "format": FORMAT,
+        "kind": "model",
+        "dtype": dtype,
+        "versions": changes.versions(),
+        "report": dict(report or {}),
+        **ledger.to_dict(),
+    }
+    with store.writing(path) as folder:
+        ledger.model.save_files(folder, dtype)
+        (folder / "retouch.json").write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
+        (folder / "README.md").write_text(_card(ledger), encoding="utf-8")
+        (folder / "ledger").mkdir()
+        store.save_tensors(folder / "ledger" / "originals.safetensors", dict(ledger.originals))
+        for entry in ledger.entries:
+            changes.save(entry.change, folder / "ledger" / f"{entry.number:04d}-{entry.change.id}")
+
+
+def open_ledger(source: str | Path) -> Ledger:
+    """Open a model with the changes it carries; a model without a ledger has an empty one.
+
+    Raises:
+        StoreError: The ledger is damaged, or the stored weights are not what it says.
+    """
+    model = open_model(source)
+    path = Path(source)
+    if not (path / "ledger").is_dir():
+        return Ledger(model)
+    record = store.read_json(path / "retouch.json")
+    originals = store.load_tensors(path / "ledger" / "originals.safetensors")
+    entries = tuple(
+        Entry(
+            line["number"],
+            changes.load(path / "ledger" / f"{line['number']:04d}-{line['id']}"),
+            line["when"],
+            line["status"] == "active",
+        )
+        for line in record["changes"]
+    )
+    ledger = Ledger(model, entries, originals)
+    values = changes.compose(model, originals, ledger.active)
+    kind = getattr(torch, record["dtype"])
+    for name, value in values.items():
+        if not torch.equal(value.to(kind).float(), model.network.get_parameter(name)):
+            raise StoreError(f"{path}: the stored weight {name} is not what the ledger's changes make. It was altered.")
+    if kind is not torch.float32 and values:  # work on the exact values; the cast ones are for those who only read
+        ledger = replace(ledger, model=model.with_weights(values, record["base"]))
+    return ledger
+
+
+def _card(ledger: Ledger) -> str:
+    lines = [
+        f"# {Path(ledger.model.source).name}, changed with Retouch",
+        "",
+        f"{len(ledger.active)} changes in force of {len(ledger.entries)} ever made. `retouch log` lists them, `retouch undo` "
+        "takes any one of them out, bit for bit.",
+        "",
+        "| number | id | method | facts | status |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for e in ledger.entries:
+        status = "active" if e.active else "undone"
+        lines.append(f"| {e.number} | {e.change.id} | {e.change.method} | {len(e.change.facts)} | {status} |")
+    return "\n".join([*lines, ""])

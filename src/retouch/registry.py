@@ -1,0 +1,85 @@
+"""File name = method name. Listing reads the source text, so it loads no torch.
+
+A method of a verb is a file in that verb's folder that defines a class with a base named in `BASES`. Nothing else
+has to be edited to add one.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import unknown
+from .settings import with_settings
+
+__all__ = ["BASES", "Entry", "find", "load", "make", "methods"]
+
+BASES = {"edit": ("EditMethod", "ValueEditMethod")}
+"""The base classes of each verb's methods."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method as a list shows it."""
+
+    verb: str
+    name: str
+    class_name: str
+    summary: str
+    doc: str
+
+    @property
+    def source(self) -> str:
+        """The ``Source:`` paragraph of the docstring."""
+        _, _, rest = self.doc.partition("Source:")
+        return " ".join(rest.strip().split("\n\n")[0].split())
+
+
+@functools.cache
+def methods(verb: str) -> tuple[Entry, ...]:
+    """List the methods of a verb, by name.
+
+    Raises:
+        UnknownName: There is no such verb.
+    """
+    if verb not in BASES:
+        raise unknown("verb", verb, BASES)
+    folder = Path(__file__).parent / verb
+    entries = []
+    for path in sorted(folder.glob("[!_]*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if not isinstance(node, ast.ClassDef) or node.name in BASES[verb]:
+                continue
+            if any(ast.unparse(b) in BASES[verb] for b in node.bases):
+                doc = ast.get_docstring(node) or ""
+                entries.append(Entry(verb, path.stem, node.name, " ".join(doc.split("\n\n")[0].split()), doc))
+    return tuple(entries)
+
+
+def find(verb: str, name: str) -> Entry:
+    """Find a method by name; ``-`` and ``_`` are the same.
+
+    Raises:
+        UnknownName: With the nearest name that exists.
+    """
+    entries = {e.name: e for e in methods(verb)}
+    if (key := name.strip().lower().replace("-", "_")) not in entries:
+        raise unknown(f"{verb} method", name, entries, f"retouch methods {verb}")
+    return entries[key]
+
+
+def load(verb: str, name: str) -> type[Any]:
+    """Import a method's class."""
+    entry = find(verb, name)
+    module = importlib.import_module(f"retouch.{verb}.{entry.name}")
+    cls: type[Any] = getattr(module, entry.class_name)
+    return cls
+
+
+def make(verb: str, name: str, **settings: Any) -> Any:
+    """Make a method with its settings checked."""
+    return with_settings(load(verb, name), settings)

@@ -1,0 +1,182 @@
+"""A method's fields, declared once: from them come the check, the error, the flag and the documentation.
+
+A method is a frozen dataclass whose fields are made with `setting`. Pydantic does the checking, out of sight.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from .errors import SettingsError
+
+__all__ = ["Field", "Settings", "fields_of", "from_flags", "setting", "with_settings"]
+
+S = TypeVar("S", bound="Settings")
+
+
+def setting(
+    default: Any,
+    doc: str,
+    *,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+) -> Any:
+    """Declare one field of a method: its default, what it is, and the bounds of its value."""
+    bounds = {k: v for k, v in {"ge": ge, "gt": gt, "le": le, "lt": lt}.items() if v is not None}
+    return dataclasses.field(default=default, metadata={"doc": doc, "bounds": bounds})
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """One setting as a person reads it."""
+
+    name: str
+    type: str
+    default: Any
+    doc: str
+    allowed: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Base of every dataclass whose fields are settings. A wrong value is an error when it is made.
+
+    Raises:
+        SettingsError: A field's value has the wrong type or lies outside its bounds; the message names the field.
+    """
+
+    def __post_init__(self) -> None:
+        for name, adapter in _adapters(type(self)).items():
+            value = getattr(self, name)
+            object.__setattr__(self, name, _check(type(self), name, adapter, value))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain values that JSON can hold."""
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+
+def fields_of(cls: type[Settings]) -> list[Field]:
+    """List the settings of a method in their order of declaration."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    rows = []
+    for f in dataclasses.fields(cls):
+        bounds: Mapping[str, float] = f.metadata.get("bounds", {})
+        signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+        allowed = " and ".join(f"{signs[k]} {v:g}" for k, v in bounds.items())
+        rows.append(Field(f.name, _type_name(hints[f.name]), f.default, f.metadata.get("doc", ""), allowed))
+    return rows
+
+
+def with_settings(cls: type[S], values: Mapping[str, Any]) -> S:
+    """Make a method from named values.
+
+    Raises:
+        SettingsError: A name is not a field of `cls`, or a value is not allowed.
+    """
+    known = [f.name for f in dataclasses.fields(cls)]
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise SettingsError(f"{_name(cls)} has no setting {name!r}.{hint} Known: {', '.join(known)}.")
+    return cls(**values)
+
+
+def from_flags(cls: type[S], flags: Sequence[str]) -> S:
+    """Make a method from command-line words such as ``--learning-rate 0.5`` or ``--faithful``.
+
+    Raises:
+        SettingsError: A word is not a flag of `cls`, has no value, or its value is not allowed.
+    """
+    boolean = {f.name for f in fields_of(cls) if f.type == "bool"}
+    values: dict[str, Any] = {}
+    words = list(flags)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise SettingsError(f"{word!r} is not a flag. Settings are written as --name value.")
+        name, _, value = word[2:].partition("=")
+        name = name.replace("-", "_")
+        if not value and name in boolean and (not words or words[0].startswith("--")):
+            value = "true"
+        elif not value:
+            if not words:
+                with_settings(cls, {name: None} if name not in {f.name for f in dataclasses.fields(cls)} else {})
+                raise SettingsError(f"{word} needs a value.")
+            value = words.pop(0)
+        values[name] = _parse(value)
+    return with_settings(cls, values)
+
+
+def _parse(text: str) -> Any:
+    import yaml
+
+    if "," in text and not text.startswith(("[", "{")):
+        text = f"[{text}]"
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    if isinstance(value, str):  # YAML 1.1 reads 5e-4 as text
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+@functools.cache
+def _adapters(cls: type[Settings]) -> dict[str, Any]:
+    from pydantic import ConfigDict, TypeAdapter
+    from pydantic import Field as PydanticField
+
+    hints = typing.get_type_hints(cls, include_extras=True)
+    adapters = {}
+    for f in dataclasses.fields(cls):
+        bounds = f.metadata.get("bounds", {})
+        hint = (
+            typing.Annotated[hints[f.name], PydanticField(**bounds, allow_inf_nan=False)] if bounds else hints[f.name]
+        )
+        adapters[f.name] = TypeAdapter(hint, config=ConfigDict(strict=False, arbitrary_types_allowed=True))
+    return adapters
+
+
+def _check(cls: type[Settings], name: str, adapter: Any, value: Any) -> Any:
+    from pydantic import ValidationError
+
+    field = next(f for f in fields_of(cls) if f.name == name)
+    try:
+        if field.type == "bool" and not isinstance(value, bool):
+            raise SettingsError(f"{_name(cls)}: {name} must be true or false; got {value!r}.")
+        return adapter.validate_python(value)
+    except ValidationError as error:
+        want = " ".join(filter(None, [field.type, field.allowed]))
+        raise SettingsError(
+            f"{_name(cls)}: {name} must be {want}; got {value!r}. {field.doc} (default {field.default!r})"
+        ) from error
+
+
+def _name(cls: type[Settings]) -> str:
+    module = cls.__module__.rsplit(".", 1)[-1]
+    return f"Method {module!r}" if cls.__name__.lower() == module.replace("_", "") else cls.__name__
+
+
+def _type_name(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return " | ".join(map(str, typing.get_args(hint)))
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, tuple | list):
+        return [_plain(v) for v in value]
+    return value

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,10 +20,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from . import linalg, store
+from . import __version__, linalg, store
 from .errors import NoEffect, StoreError, WrongBase
 from .model import Model
+from .trace import Trace
 
 __all__ = [
     "Change",
@@ -35,6 +38,7 @@ __all__ = [
     "from_peft",
     "load",
     "save",
+    "side_by_side",
     "stored_error",
     "to_peft",
     "versions",
@@ -170,8 +174,8 @@ class Change:
 
 def versions() -> dict[str, str]:
     """Name the versions that a saved thing was made with."""
-    names = ("retouch", "torch", "transformers")
-    return {"python": platform.python_version(), **{n: version(n) for n in names}}
+    packages = {name: version(name) for name in ("torch", "transformers")}
+    return {"retouch": __version__, "python": platform.python_version(), **packages}
 
 
 def _path(model: Model, name: str) -> str:
@@ -185,6 +189,13 @@ def _matrix(model: Model, name: str) -> Tensor:
     if name.endswith(":bias"):
         return model.network.get_parameter(_path(model, name)).detach()[:, None]
     return model.matrix(name)
+
+
+def _size(model: Model, name: str) -> str:
+    bare = name.removesuffix(":bias")
+    if bare not in model.anatomy.names() or (bare != name and getattr(model.module(bare), "bias", None) is None):
+        return "no such weight"
+    return "x".join(map(str, _matrix(model, name).shape))
 
 
 def compose(model: Model, originals: Mapping[str, Tensor], changes: Iterable[Change]) -> dict[str, Tensor]:
@@ -222,18 +233,11 @@ def check_base(model: Model, change: Change) -> None:
     Raises:
         WrongBase: The fingerprints, a weight's name or a shape differ.
     """
-    name = next(iter(change.parts), "")
-    shape = "x".join(map(str, change.parts[name].shape)) if name else "nothing"
-    here = "no such weight"
-    for name, part in change.parts.items():
-        bare = name.removesuffix(":bias")
-        here = "x".join(map(str, _matrix(model, name).shape)) if bare in model.anatomy.names() else "no such weight"
-        if here != "x".join(map(str, part.shape)):
-            shape = "x".join(map(str, part.shape))
-            break
-    else:
-        if change.base == model.base_fingerprint:
-            return
+    sizes = [(n, "x".join(map(str, p.shape)), _size(model, n)) for n, p in change.parts.items()]
+    wrong = [row for row in sizes if row[1] != row[2]]
+    if not wrong and change.base == model.base_fingerprint:
+        return
+    name, shape, here = [*wrong, *sizes, ("no weight", "nothing", "nothing")][0]
     raise WrongBase(
         f"This change was planned for model {change.base[:6]} ({shape} at {name}); "
         f"this model is {model.base_fingerprint[:6]} ({here}). Open the model it was planned for, or plan it anew."
@@ -260,6 +264,8 @@ def prove_stored(before: Model, after: Model, change: Change) -> None:
     Raises:
         NoEffect: A part is zero, not finite, or lost in the cast.
     """
+    if not change.parts:
+        raise NoEffect(f"Change {change.id} ({change.method}) holds no weights, so it would do nothing.")
     for name, part in change.parts.items():
         planned = part.delta()
         size = float(planned.norm())
@@ -303,6 +309,39 @@ def edited(model: Model, change: Change) -> Iterator[Model]:
     yield apply(model, change)
 
 
+@contextmanager
+def side_by_side(model: Model, changes: Sequence[Change]) -> Iterator[None]:
+    """Run n changes of one model at once: rows come in n equal groups, and each group sees its own change.
+
+    Equal to applying each change and running its group alone, at the price of one model: decoding is bound by reading
+    the weights, and these are read once for all.
+    """
+    with Trace(model) as trace:
+        for name in dict.fromkeys(n for c in changes for n in c.parts):
+            parts = [c.parts.get(name) for c in changes]
+            if name.endswith(":bias"):
+                added = _stacked(parts)[:, :, 0].to(model.device)
+
+                def shift(out: Tensor, added: Tensor = added) -> Tensor:
+                    return (out.reshape(len(added), -1, out.shape[-1]) + added[:, None]).reshape(out.shape)
+
+                trace.edit(name.removesuffix(":bias"), shift)
+            elif all(isinstance(p, LowRank) for p in parts):
+                rank = max(p.rank for p in parts if p is not None)
+                low = [p for p in parts if isinstance(p, LowRank)]
+                left = torch.stack([functional.pad(p.left.float(), (0, rank - p.rank)) for p in low])
+                right = torch.stack([functional.pad(p.right.float(), (0, 0, 0, rank - p.rank)) for p in low])
+                trace.branch(name, left, right)
+            else:
+                trace.branch(name, _stacked(parts))
+        yield
+
+
+def _stacked(parts: Sequence[Part | None]) -> Tensor:
+    shape = next(p.shape for p in parts if p is not None)
+    return torch.stack([torch.zeros(shape) if p is None else p.delta().float() for p in parts])
+
+
 def combine(changes: Iterable[Change]) -> Change:
     """Join changes of one base into one: low-rank factors are put side by side, whole differences are added.
 
@@ -313,14 +352,18 @@ def combine(changes: Iterable[Change]) -> Change:
     if len({c.base for c in every}) != 1:
         raise WrongBase("Only changes that were planned for one model can be combined.")
     parts: dict[str, Part] = {}
+    keys: dict[str, Tensor] = {}
     for change in every:
         for name, part in change.parts.items():
             parts[name] = _joined(parts[name], part) if name in parts else part
+        for name, key in change.keys.items():
+            keys[name] = torch.cat([keys[name], key], 1) if name in keys else key
     return Change(
         "+".join(dict.fromkeys(c.method for c in every)),
         every[0].base,
         parts,
         facts=tuple(f for c in every for f in c.facts),
+        keys=keys,
         notes={"combined": [c.id for c in every]},
     )
 
@@ -360,19 +403,29 @@ def load(path: Path) -> Change:
         StoreError: Anything is missing, extra, damaged or of a newer format.
     """
     store.check_folder(path)
+    record = _record(path)
+    parts, keys = _parts(path, store.load_tensors(path / "change.safetensors"))
+    change = Change(**{n: record[n] for n in _RECORD}, parts=parts, keys=keys, facts=tuple(record["facts"]))
+    if change.id != record.get("id"):
+        raise StoreError(f"{path}: the content does not match its id {record.get('id')!r}. The record was altered.")
+    return change
+
+
+_RECORD = {"method": str, "base": str, "settings": dict, "notes": dict, "report": dict}
+
+
+def _record(path: Path) -> dict[str, Any]:
     record = store.read_json(path / "retouch.json")
+    record = record if isinstance(record, dict) else {}
     if record.get("kind") != "change" or record.get("format") != FORMAT:
         raise StoreError(
             f"{path} is no change of format {FORMAT} (kind {record.get('kind')!r}, format {record.get('format')!r})."
         )
-    parts, keys = _parts(path, store.load_tensors(path / "change.safetensors"))
-    facts = tuple(record.get("facts", ()))
-    change = Change(
-        record["method"], record["base"], parts, record["settings"], facts, keys, record["notes"], record["report"]
-    )
-    if change.id != record.get("id"):
-        raise StoreError(f"{path}: the content does not match its id {record.get('id')!r}. The record was altered.")
-    return change
+    facts = record.get("facts")
+    wrong = [n for n, kind in _RECORD.items() if not isinstance(record.get(n), kind)]
+    if wrong or not isinstance(facts, list) or not all(isinstance(f, dict) for f in facts):
+        raise StoreError(f"{path}: retouch.json lacks {(wrong or ['facts'])[0]!r} or holds something else there.")
+    return record
 
 
 def _parts(path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Part], dict[str, Tensor]]:
@@ -460,6 +513,14 @@ def to_peft(change: Change, model: Model, path: Path) -> None:
         store.save_tensors(folder / "adapter_model.safetensors", tensors)
 
 
+_NOT_PLAIN = (
+    *("use_dora", "use_qalora", "use_bdlora", "lora_bias", "modules_to_save", "layer_replication", "target_parameters"),
+    *("alora_invocation_tokens", "trainable_token_indices", "arrow_config", "kasa_config", "monteclora_config"),
+)
+_MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Ways to start an adapter that also alter the weights below it, so that its difference is not ``left @ right``."""
+
+
 def from_peft(path: Path, model: Model) -> Change:
     """Read a LoRA adapter as a change of `model`.
 
@@ -470,9 +531,12 @@ def from_peft(path: Path, model: Model) -> Change:
     if not file.is_file():
         raise StoreError(f"{path} has no adapter_model.safetensors. Pickled adapters (.bin) are not read.")
     config = store.read_json(path / "adapter_config.json")
-    odd = [n for n in ("use_dora", "use_qalora", "modules_to_save", "layer_replication") if config.get(n)]
-    if config.get("peft_type") != "LORA" or odd or config.get("bias", "none") != "none":
-        raise StoreError(f"{path} is no plain LoRA adapter ({config.get('peft_type')}; {', '.join(odd) or 'bias'}).")
+    config = config if isinstance(config, dict) else {}
+    odd = [n for n in _NOT_PLAIN if config.get(n)]
+    odd += ["bias"] if config.get("bias", "none") != "none" else []
+    odd += ["init_lora_weights"] if str(config.get("init_lora_weights")).lower().startswith(_MOVES_BASE) else []
+    if config.get("peft_type") != "LORA" or odd:
+        raise StoreError(f"{path} is no plain LoRA adapter ({', '.join([str(config.get('peft_type')), *odd])}).")
     tensors = store.load_tensors(file)
     by_path = {model.anatomy.path(n): n for n in model.anatomy.names()}
     parts: dict[str, Part] = {}
@@ -484,7 +548,11 @@ def from_peft(path: Path, model: Model) -> Change:
             raise StoreError(
                 f"{path}: {module} is no weight that Retouch knows in {model.anatomy.family}, or lacks lora_B."
             )
-        parts[by_path[module]] = LowRank(left * _scale(config, module, right.shape[0]), right)
+        if left.dim() != 2 or right.dim() != 2 or left.shape[1] != right.shape[0]:
+            raise StoreError(
+                f"{path}: the factors {tuple(left.shape)} and {tuple(right.shape)} of {module} do not fit."
+            )
+        parts[by_path[module]] = LowRank(left.float() * _scale(config, module, right.shape[0]), right.float())
     if tensors:
         raise StoreError(f"{path}: the tensor {next(iter(tensors))!r} does not belong in a LoRA adapter.")
     change = Change("peft", model.base_fingerprint, parts, notes={"adapter": path.name})
@@ -498,8 +566,8 @@ def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
 
 
 def _pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """PEFT matches a pattern as the whole path or its last parts."""
-    return next((v for k, v in patterns.items() if module == k or module.endswith("." + k)), default)
+    """PEFT reads a pattern as a regular expression for the whole path or its last parts; the first one counts."""
+    return next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", module)), default)
 
 
 def with_report(change: Change, report: Mapping[str, Any]) -> Change:

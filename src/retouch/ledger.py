@@ -161,24 +161,26 @@ def open_ledger(source: str | Path) -> Ledger:
         return Ledger(model)
     record = store.read_json(path / "retouch.json")
     originals = store.load_tensors(path / "ledger" / "originals.safetensors")
-    entries = tuple(
-        Entry(
-            line["number"],
-            changes.load(path / "ledger" / f"{line['number']:04d}-{line['id']}"),
-            line["when"],
-            line["status"] == "active",
-        )
-        for line in record["changes"]
-    )
+    try:
+        kind = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[record["dtype"]]
+        entries = tuple(_entry(path / "ledger", line) for line in record["changes"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"{path}: retouch.json is no record of a changed model ({error!r}).") from error
     ledger = Ledger(model, entries, originals)
+    if odd := originals.keys() ^ {n for e in entries for n in e.change.parts}:
+        raise StoreError(f"{path}: the originals do not fit the changes at {min(odd)}. The record was altered.")
     values = changes.compose(model, originals, ledger.active)
-    kind = getattr(torch, record["dtype"])
     for name, value in values.items():
         if not torch.equal(value.to(kind).float(), model.network.get_parameter(name)):
             raise StoreError(f"{path}: the stored weight {name} is not what the ledger's changes make. It was altered.")
     if kind is not torch.float32 and values:  # work on the exact values; the cast ones are for those who only read
         ledger = replace(ledger, model=model.with_weights(values, record["base"]))
     return ledger
+
+
+def _entry(folder: Path, line: Mapping[str, Any]) -> Entry:
+    change = changes.load(folder / f"{line['number']:04d}-{line['id']}")
+    return Entry(line["number"], change, line["when"], line["status"] == "active")
 
 
 def _card(ledger: Ledger) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import json
 import logging
 import threading
 from collections.abc import Iterator, Mapping
@@ -51,6 +52,12 @@ BUNDLED = {
     ),
 }
 """The names that `open_model` knows without a hub."""
+
+_NOT_SHAPE = {
+    "_name_or_path", "name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache",
+    "id2label", "label2id", "quantization_config",
+}  # fmt: skip
+"""What a configuration says that decides no activation; saving alone changes some of it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,10 +112,9 @@ class Model:
         return store.key(family=self.anatomy.family, shape=self._shape(), weights=used)
 
     def _shape(self) -> dict[str, Any]:
-        config = {k: v for k, v in self.network.config.to_dict().items() if isinstance(v, int | float | str | bool)}  # type: ignore[union-attr, operator]
-        for name in ("_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"):
-            config.pop(name, None)
-        return config
+        config: Any = self.network.config
+        plain = json.loads(json.dumps(config.to_dict(), default=str))  # rotary settings lie in a dict of their own
+        return {k: v for k, v in plain.items() if k not in _NOT_SHAPE and v is not None}
 
     @property
     def device(self) -> torch.device:
@@ -215,7 +221,7 @@ def open_model(source: str | Path, *, device: str | None = None) -> Model:
         if not path.is_file():
             raise UnknownName(f"There is no file {name!r}.")
         return _open_gguf(path, name, device)
-    if path.is_dir():
+    if path.is_dir() and name.strip():
         return _open_folder(path, name, device)
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or not name.strip():
         raise UnknownName(f"There is no model folder {name!r}. Give a folder, a .gguf file, a hub id or {_names()}.")
@@ -232,7 +238,7 @@ def wrap(network: nn.Module, tokenizer: Any, source: str = "a network in memory"
     """
     import torch
 
-    config = network.config
+    config: Any = network.config
     _refuse_quantised(config, source)
     anatomy = anatomies.describe(config, network)
     if any(p.is_meta for p in network.parameters()) or "disk" in set(
@@ -338,6 +344,7 @@ def _open_folder(path: Path, name: str, device: str | None) -> Model:
 
 def _load(path: str, name: str, device: str | None) -> Model:
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
     try:
@@ -351,8 +358,9 @@ def _load(path: str, name: str, device: str | None) -> Model:
             else:
                 kind = AutoModelForMaskedLM if "MaskedLM" in names[0] else AutoModel
             tokenizer = AutoTokenizer.from_pretrained(path)
-            network = kind.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
-    except (OSError, ValueError) as error:
+            how = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+            network, loading = kind.from_pretrained(path, dtype=torch.float32, **how)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
         if not Path(path).exists() and name not in BUNDLED:
             raise UnknownName(
@@ -360,10 +368,27 @@ def _load(path: str, name: str, device: str | None) -> Model:
                 f"hub id it could not be loaded: {first}"
             ) from error
         raise ModelError(f"{name} cannot be opened: {first}") from error
+    _refuse_incomplete(network, loading, name)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = wrap(network.to(device), tokenizer, name)
     file_dtype = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
     return replace(model, file_dtype=file_dtype)
+
+
+def _refuse_incomplete(network: Any, loading: Mapping[str, Any], name: str) -> None:
+    """Transformers fills a weight that is absent, or of another size, with random numbers."""
+    what = type(network).__name__
+    if missing := sorted(n for n in loading["missing_keys"] if "pooler" not in n):  # nothing here reads a pooler
+        raise ModelError(
+            f"{name} lacks {len(missing)} weights of a {what}, e.g. {missing[0]!r}. Copy the model again, or save the "
+            "whole network, with its language-model head."
+        )
+    if loading["mismatched_keys"]:
+        path, held, wanted = min(loading["mismatched_keys"])
+        raise ModelError(
+            f"{name} cannot be opened: {path} is {'x'.join(map(str, held))}, and its config.json wants "
+            f"{'x'.join(map(str, wanted))}. Copy both files again from one source."
+        )
 
 
 def _refuse_quantised(config: Any, name: str) -> None:

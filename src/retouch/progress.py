@@ -6,7 +6,7 @@ variable, so that two threads never hear each other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TypeVar
@@ -37,7 +37,7 @@ def report(what: str, done: float, total: float | None = None) -> None:
 
 def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
     """Yield `items` and report each one as it is finished."""
-    if total is None and hasattr(items, "__len__"):
+    if total is None and isinstance(items, Sized):
         total = len(items)
     report(what, 0, total)
     for done, item in enumerate(items, 1):

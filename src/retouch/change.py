@@ -32,6 +32,7 @@ __all__ = [
     "Dense",
     "LowRank",
     "apply",
+    "cast_error",
     "combine",
     "compose",
     "edited",
@@ -39,7 +40,6 @@ __all__ = [
     "load",
     "save",
     "side_by_side",
-    "stored_error",
     "to_peft",
     "versions",
 ]
@@ -283,16 +283,21 @@ def prove_stored(before: Model, after: Model, change: Change) -> None:
             )
 
 
-def stored_error(before: Model, after: Model, names: Iterable[str], dtype: str) -> dict[str, float]:
+def cast_error(model: Model, originals: Mapping[str, Tensor], dtype: str) -> dict[str, float]:
     """Measure how much of a change is lost when weights are cast to a file's type.
+
+    Args:
+        model: The changed model.
+        originals: The unchanged values by our names, as (outputs, inputs).
+        dtype: Of the file, e.g. ``"bfloat16"``.
 
     Returns:
         For each weight ‖cast(W) - W‖ / ‖W - W0‖: 0 when all survives, 1 when the loss is as large as the change.
     """
     kind = getattr(torch, dtype)
     errors = {}
-    for name in names:
-        old, new = _matrix(before, name), _matrix(after, name)
+    for name, old in originals.items():
+        new = _matrix(model, name)
         moved = float((new - old).norm())
         errors[name] = float((new.to(kind).float() - new).norm()) / moved if moved else 0.0
     return errors

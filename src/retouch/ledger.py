@@ -22,7 +22,7 @@ from .change import Change
 from .errors import NoEffect, StoreError, UnknownName
 from .model import Model, open_model
 
-__all__ = ["Entry", "Ledger", "open_ledger", "save_ledger"]
+__all__ = ["Entry", "Ledger", "difference", "open_ledger", "read_log", "save_ledger", "survival"]
 
 FORMAT = 1
 
@@ -181,6 +181,83 @@ def open_ledger(source: str | Path) -> Ledger:
 def _entry(folder: Path, line: Mapping[str, Any]) -> Entry:
     change = changes.load(folder / f"{line['number']:04d}-{line['id']}")
     return Entry(line["number"], change, line["when"], line["status"] == "active")
+
+
+def read_log(path: Path) -> dict[str, Any]:
+    """Read which changes a model folder carries, without its weights.
+
+    Raises:
+        UnknownName: There is no such folder.
+        StoreError: Its record is damaged.
+    """
+    if not path.is_dir():
+        raise UnknownName(
+            f"There is no model folder {str(path)!r}. A log stands in a folder that `retouch apply` wrote."
+        )
+    if not (path / "retouch.json").is_file():
+        return {"base": None, "changes": []}
+    record = store.read_json(path / "retouch.json")
+    if not isinstance(record, dict) or record.get("kind") != "model" or not isinstance(record.get("changes"), list):
+        raise StoreError(
+            f"{path} holds no model of ours (kind {record.get('kind')!r}). See a change: retouch show {path}"
+        )
+    return {"base": record["base"], "changes": record["changes"]}
+
+
+def survival(ledger: Ledger, dtype: str | None = None, *, accept_loss: bool = False) -> dict[str, float]:
+    """Measure how much of the active changes a file type swallows.
+
+    Args:
+        ledger: The model and its changes.
+        dtype: Type of the stored weights; by default the file type the model came in.
+        accept_loss: Return the loss instead of refusing it.
+
+    Returns:
+        For each changed weight ‖cast(W) - W‖ / ‖W - W0‖; empty for float32, which loses nothing.
+
+    Raises:
+        NoEffect: More than one percent of a change would be lost.
+        StoreError: There is no such type.
+    """
+    dtype = dtype or ledger.model.file_dtype
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise StoreError(f"Weights can be stored as float32, bfloat16 or float16; got {dtype!r}.")
+    if dtype == "float32":
+        return {}
+    touched = {n for c in ledger.active for n in c.parts}
+    lost = changes.cast_error(ledger.model, {n: ledger.originals[n] for n in touched}, dtype)
+    if (
+        (worst := max(lost, key=lambda n: lost[n], default=None))
+        and lost[worst] > changes.TOLERANCE
+        and not accept_loss
+    ):
+        raise NoEffect(
+            f"Stored as {dtype}, {worst} would lose {lost[worst]:.0%} of its change. Store float32 (--dtype float32), keep "
+            "the change beside the model (retouch ask --change, or as a LoRA adapter), or accept it (--accept-loss)."
+        )
+    return lost
+
+
+def difference(one: Model, two: Model) -> list[dict[str, Any]]:
+    """List the weights in which two models differ, largest share first.
+
+    Raises:
+        UnknownName: The models are not of one shape.
+    """
+    first = dict(one.network.named_parameters())
+    second = dict(two.network.named_parameters())
+    if {n: p.shape for n, p in first.items()} != {n: p.shape for n, p in second.items()}:
+        raise UnknownName(f"{one.source} and {two.source} are not of one shape, so their weights cannot be compared.")
+    rows = []
+    for name, old in first.items():
+        new = second[name]
+        if torch.equal(old, new):
+            continue
+        delta = (new - old).double()
+        size = float(delta.norm())
+        share = size / float(old.double().norm()) if old.any() else float("inf")
+        rows.append({"weight": name, "frobenius": size, "share": share, "largest": float(delta.abs().max())})
+    return sorted(rows, key=lambda r: -float(r["share"]))
 
 
 def _card(ledger: Ledger) -> str:

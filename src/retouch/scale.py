@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,6 +28,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 _AHEAD = 2
 """Inputs a worker has at hand, the one in work included: none waits for the next, none piles them up."""
+_KNOCK_S = 10.0
 
 
 def mapper(name: str) -> Mapper:
@@ -144,8 +146,8 @@ def _get(ray: ModuleType, result: Any) -> Any:
         raise
     except ray.exceptions.RayActorError as error:
         raise RetouchError(
-            "A Ray worker was lost, often for want of memory: every worker holds what the function holds. "
-            "Ask for fewer workers (n_cpus) and run again."
+            f"A Ray worker was lost: {str(error).strip().splitlines()[-1].strip()} Every worker needs the driver's "
+            "modules, and memory for all that the function holds: ask for fewer workers (n_cpus) if that ran out."
         ) from error
 
 
@@ -156,13 +158,32 @@ def _started(ray: ModuleType, address: str, n_cpus: int | None) -> Iterator[None
         yield
         return
     own = {"num_cpus": n_cpus, "include_dashboard": False} if address == "local" else {}
+    _knock(address)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray's advice on settings of its own
         try:
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **own)
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise UserError(f"No Ray cluster could be used at {address!r}: {str(error).splitlines()[0]}") from error
+            raise _no_cluster(address, error) from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Refuse an address where nobody listens; Ray itself tries for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_KNOCK_S).close()
+    except OSError as error:
+        raise _no_cluster(address, error) from error
+
+
+def _no_cluster(address: str, error: Exception) -> UserError:
+    return UserError(
+        f"No Ray cluster can be used at {address!r}: {str(error).strip().splitlines()[0]}. Correct the address, or "
+        "leave it out (RAY_ADDRESS too) to run on this machine."
+    )

@@ -109,7 +109,7 @@ def examine(
 
 def _gold(model: Model, logp: Tensor, among: int = 20) -> int:
     """Pick the likeliest next token that is no stop word; the likeliest one if all are."""
-    top = logp.topk(min(among, len(logp))).indices.tolist()
+    top: list[int] = logp.topk(min(among, len(logp))).indices.tolist()
     return next((t for t in top if not is_stop(model.tokenizer.decode([t]).strip())), top[0])
 
 

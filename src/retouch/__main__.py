@@ -1,0 +1,5 @@
+"""``python -m retouch``."""
+
+from retouch.cli import main
+
+main()

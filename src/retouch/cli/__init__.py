@@ -1,0 +1,60 @@
+"""The command line: one file a verb, no logic of its own. Results on stdout, progress and errors on stderr.
+
+Exit codes: 0 done, 1 our fault, 2 the user's mistake, 3 a bound refused the change, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from . import bench, edit, look, model
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="retouch",
+    help="Change a trained language model after its training, and prove what else changed.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+for module in (edit, model, look):
+    module.add_to(app)
+app.add_typer(bench.app, name="bench")
+
+
+def main() -> None:
+    """Run the command line and turn errors into a sentence and an exit code."""
+    import click
+
+    from ..errors import RetouchError
+
+    try:
+        code = app(standalone_mode=False)
+    except RetouchError as error:
+        _fail(str(error), error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        _fail("Stopped. Nothing was half-written; the same command goes on or begins anew.", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception as error:
+        if os.environ.get("RETOUCH_DEBUG"):
+            raise
+        _fail(
+            f"{type(error).__name__}: {error}\nThis is a fault of Retouch. RETOUCH_DEBUG=1 shows where it happened.", 1
+        )
+    else:
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> None:
+    sys.stderr.write(f"error: {message}\n")
+    sys.exit(code)

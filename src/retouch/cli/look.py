@@ -1,0 +1,86 @@
+"""Commands to look around: methods, doctor, demo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import _show
+
+__all__ = ["add_to"]
+
+Json = Annotated[bool, typer.Option("--json", help="Results for programs.")]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the commands."""
+    for command in (methods, doctor, demo):
+        app.command()(command)
+
+
+def methods(
+    verb: Annotated[str | None, typer.Argument(help="edit")] = None,
+    name: Annotated[str | None, typer.Argument(help="One method: its settings.")] = None,
+    json_: Json = False,
+) -> None:
+    """List the methods of a verb, or one method's settings."""
+    from .. import registry
+    from ..settings import fields_of
+
+    if verb and name:
+        entry = registry.find(verb, name)
+        rows = [
+            [f"--{f.name.replace('_', '-')}", f.default, f.type, f.allowed, f.doc]
+            for f in fields_of(registry.load(verb, name))
+        ]
+        if json_:
+            keys = ("flag", "default", "type", "allowed", "doc")
+            _show.emit({"name": entry.name, "doc": entry.doc, "settings": [dict(zip(keys, r)) for r in rows]})
+            return
+        _show.console().print(entry.doc, markup=False)
+        _show.table("Settings", ["flag", "default", "type", "allowed", "what"], rows)
+        return
+    found = [e for v in ([verb] if verb else registry.BASES) for e in registry.methods(v)]
+    if json_:
+        _show.emit([{"verb": e.verb, "name": e.name, "summary": e.summary, "source": e.source} for e in found])
+        return
+    _show.table(
+        "Methods", ["verb", "name", "what it does", "source"], [[e.verb, e.name, e.summary, e.source] for e in found]
+    )
+    _show.console().print("Settings of one: retouch methods edit rome")
+
+
+def doctor(json_: Json = False) -> None:
+    """Tell versions, devices, the cache, and what is missing."""
+    from ..edit.doctor import examine
+
+    found = examine()
+    if json_:
+        _show.emit(found)
+        return
+    for title, values in found.items():
+        _show.table(title, ["what", "value"], [[k, v] for k, v in values.items()])
+    missing = [f"{k}: {v}" for k, v in found["extras and models"].items() if str(v).startswith("missing")]
+    _show.console().print("\n".join(["", *missing]) if missing else "\nNothing is missing.", markup=False)
+
+
+def demo(
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the report and the saved model.")] = Path("demo"),
+    model: Annotated[str, typer.Option(help="A decoder.")] = "smollm2",
+    n: Annotated[int, typer.Option(help="Facts to edit, 1 to 14.")] = 8,
+    max_harm: Annotated[float, typer.Option(help="Limit of the certificate.")] = 0.05,
+    json_: Json = False,
+) -> None:
+    """Correct real facts in a real model, see what else changed, and undo one edit: the main job, in a few minutes."""
+    from ..edit.demo import tour
+    from ..report import to_terminal
+
+    with _show.progress():
+        report = tour(model, out, n=n, max_harm=max_harm)
+    if json_:
+        _show.emit(dict(report.numbers))
+        return
+    _show.console().print(to_terminal(report))
+    _show.console().print(f"The report with pictures: {out / 'report.html'}", markup=False)

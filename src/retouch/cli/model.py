@@ -1,0 +1,172 @@
+"""Commands over models that carry changes: apply, undo, log, show, diff, ask."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import _show
+
+__all__ = ["add_to"]
+
+ModelArgument = Annotated[str, typer.Argument(help="A folder, a hub id, a .gguf file, or smollm2.")]
+FolderArgument = Annotated[Path, typer.Argument(help="A model folder that Retouch wrote.")]
+Json = Annotated[bool, typer.Option("--json", help="Results for programs.")]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the commands."""
+    for command in (apply, undo, log, show, diff, ask):
+        app.command()(command)
+
+
+def apply(
+    model: ModelArgument,
+    change: Annotated[Path, typer.Argument(help="A saved change.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the new model.")],
+    dtype: Annotated[str | None, typer.Option(help="Type of the stored weights: float32, bfloat16, float16.")] = None,
+    accept_loss: Annotated[bool, typer.Option(help="Store even if the type swallows part of the change.")] = False,
+    json_: Json = False,
+) -> None:
+    """Write a new model folder that carries a change; any Hugging Face loader opens it."""
+    from ..change import load
+    from ..edit.api import check_effect
+    from ..edit.facts import Fact
+    from ..ledger import open_ledger, save_ledger, survival
+
+    planned = load(change)
+    with _show.progress():
+        before = open_ledger(model)
+        after = before.apply(planned)
+        if planned.facts:
+            check_effect(before.model, after.model, [Fact.from_dict(f) for f in planned.facts])
+        lost = survival(after, dtype, accept_loss=accept_loss)
+        save_ledger(after, out, dtype=dtype)
+    if json_:
+        _show.emit({"model": str(out), "lost": lost, **after.to_dict()})
+        return
+    _show.console().print(
+        f"{out} carries {len(after.active)} changes (the new one is number {after.entries[-1].number})."
+    )
+    for name, share in lost.items():
+        _show.console().print(f"{name}: the stored type loses {share:.1%} of the change.", markup=False)
+    _show.console().print(f"Undo it: retouch undo {out} {after.entries[-1].number}", markup=False)
+
+
+def undo(
+    model: FolderArgument,
+    number: Annotated[int, typer.Argument(help="Number of the change in the log.")],
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="A new folder; by default in place.")] = None,
+    json_: Json = False,
+) -> None:
+    """Take one change out of a model, bit for bit, in any order."""
+    from ..ledger import open_ledger, save_ledger
+
+    with _show.progress():
+        ledger = open_ledger(str(model)).undo(number)
+        save_ledger(ledger, out or model)
+    if json_:
+        _show.emit({"model": str(out or model), **ledger.to_dict()})
+        return
+    is_base = "; the weights are the unchanged model's again, bit for bit" if not ledger.active else ""
+    _show.console().print(
+        f"Change {number} is out of {out or model}; {len(ledger.active)} stay{is_base}.", markup=False
+    )
+
+
+def log(model: FolderArgument, json_: Json = False) -> None:
+    """List the changes that a model carries."""
+    from ..ledger import read_log
+
+    record = read_log(model)
+    if json_:
+        _show.emit(record)
+        return
+    rows = [[c["number"], c["id"], c["method"], len(c["facts"]), c["status"], c["when"]] for c in record["changes"]]
+    _show.table(f"Changes of {model}", ["number", "id", "method", "facts", "status", "when"], rows)
+    if not rows:
+        _show.console().print("No changes.")
+
+
+def show(change: Annotated[Path, typer.Argument(help="A saved change.")], json_: Json = False) -> None:
+    """Show what a change holds: facts, weights, sizes, how it was made, what was measured."""
+    from ..change import load
+
+    loaded = load(change)
+    record = {
+        "id": loaded.id,
+        "method": loaded.method,
+        "base": loaded.base,
+        "settings": dict(loaded.settings),
+        "facts": [dict(f) for f in loaded.facts],
+        "weights": loaded.norms(),
+        "numbers": loaded.n_numbers,
+        "report": dict(loaded.report),
+    }
+    if json_:
+        _show.emit(record)
+        return
+    _show.console().print(f"Change {loaded.id} by {loaded.method}, of model {loaded.base[:12]}", style="bold")
+    facts = [[_filled(f), f.get("target"), f.get("truth")] for f in loaded.facts]
+    _show.table("Facts", ["prompt", "new answer", "old answer"], facts)
+    weights = [[n, int(v["rank"]), v["frobenius"], v["spectral"]] for n, v in loaded.norms().items()]
+    _show.table("Weights", ["weight", "rank", "Frobenius norm", "spectral norm"], weights)
+    settings: list[list[Any]] = [[k, v] for k, v in loaded.settings.items()]
+    _show.table("Settings", ["setting", "value"], settings)
+    for certificate in loaded.report.get("harm", {}).get("certificates", ()):
+        _show.console().print(
+            f"Certified {certificate['what']}: at most {certificate['upper']:.4f} (limit {certificate['limit']:g}, "
+            f"confidence {certificate['confidence']:g}, n = {certificate['n']})",
+            markup=False,
+        )
+
+
+def _filled(fact: Any) -> str:
+    return str(fact.get("prompt", "")).replace("{}", str(fact.get("subject", "")), 1)
+
+
+def diff(one: ModelArgument, two: Annotated[str, typer.Argument(help="The other model.")], json_: Json = False) -> None:
+    """Compare two models weight by weight."""
+    from ..ledger import difference
+    from ..model import open_model
+
+    with _show.progress():
+        rows = difference(open_model(one), open_model(two))
+    if json_:
+        _show.emit({"one": one, "two": two, "weights": rows})
+        return
+    if not rows:
+        _show.console().print("Every weight is equal, bit for bit.")
+        return
+    _show.table(
+        f"{len(rows)} weights differ",
+        ["weight", "norm of the difference", "share of the weight", "largest entry"],
+        [[r["weight"], r["frobenius"], f"{r['share']:.3%}", r["largest"]] for r in rows],
+    )
+
+
+def ask(
+    model: ModelArgument,
+    text: Annotated[str, typer.Argument(help="A text to continue.")],
+    change: Annotated[Path | None, typer.Option(help="A saved change: answers before and after it.")] = None,
+    n_tokens: Annotated[int, typer.Option(help="New tokens.")] = 16,
+    json_: Json = False,
+) -> None:
+    """Let a model continue a text, before and after a change, side by side."""
+    from ..change import apply as carry
+    from ..change import load
+    from ..ledger import open_ledger
+    from ..measure import continuations
+
+    planned = load(change) if change else None
+    with _show.progress():
+        opened = open_ledger(model).model
+        said = {"before" if planned else "answer": continuations(opened, [text], n_tokens)[0].strip()}
+        if planned:
+            said["after"] = continuations(carry(opened, planned), [text], n_tokens)[0].strip()
+    if json_:
+        _show.emit({"text": text, **said})
+        return
+    _show.table(text, list(said), [list(said.values())])

@@ -1,0 +1,111 @@
+"""Plan and keep edits: what the command line calls, and what programs call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .. import registry
+from ..change import Change, apply, with_report
+from ..errors import NoEffect
+from ..measure import answers, watched
+from ..model import Model
+from ..tokens import Text
+from .base import EditMethod
+from .facts import Fact
+from .harm import Harm, bystanders, measure_harm
+
+__all__ = ["Edited", "check_effect", "edit_facts", "plan"]
+
+
+def plan(model: Model, facts: Sequence[Fact], method: str | EditMethod = "rome", **settings: Any) -> Change:
+    """Plan a change that makes facts true; the model is not altered.
+
+    Args:
+        model: A decoder.
+        facts: What is to become true.
+        method: A method, or its name (``retouch methods edit``).
+        settings: The method's settings, when it is named.
+
+    Raises:
+        UnknownName: No such method.
+        SettingsError: A setting is unknown or not allowed.
+        FactError: A fact cannot be used.
+    """
+    chosen: EditMethod = registry.make("edit", method, **settings) if isinstance(method, str) else method
+    return chosen.plan(model, facts)
+
+
+def check_effect(before: Model, after: Model, facts: Sequence[Fact]) -> list[dict[str, float]]:
+    """Prove that every fact became likelier.
+
+    Returns:
+        For each fact the mean -log P of its target before and after, nats.
+
+    Raises:
+        NoEffect: A fact's target is not likelier than it was.
+    """
+    texts = [Text(f.before, f.subject, f.after, f.target) for f in facts]
+    old, new = answers(before, texts), answers(after, texts)
+    for fact, a, b in zip(facts, old, new):
+        if not b.nll < a.nll:
+            raise NoEffect(
+                f"After the edit {fact.target!r} is not likelier after {fact.filled!r}: -log P {a.nll:.3f} before, "
+                f"{b.nll:.3f} after. Try another method or block, or leave this fact out."
+            )
+    return [{"nll_before": a.nll, "nll_after": b.nll} for a, b in zip(old, new)]
+
+
+@dataclass(frozen=True, eq=False)
+class Edited:
+    """An edited model, the change that made it, and what else changed."""
+
+    model: Model
+    change: Change
+    effect: list[dict[str, float]]
+    harm: Harm | None
+
+
+def edit_facts(
+    model: Model,
+    facts: Sequence[Fact],
+    method: str | EditMethod = "rome",
+    *,
+    max_harm: float | None = None,
+    confidence: float = 0.95,
+    **settings: Any,
+) -> Edited:
+    """Plan, apply, measure and, with a limit, certify an edit.
+
+    Args:
+        model: A decoder; never altered.
+        facts: What is to become true.
+        method: A method, or its name.
+        max_harm: Largest harm that is allowed (see `retouch.edit.harm.measure_harm`); None asks for no certificate.
+        confidence: Of the certificate.
+        settings: The method's settings, when it is named.
+
+    Returns:
+        The edited model and the change, its report filled in.
+
+    Raises:
+        BoundRefused: The certified harm exceeds the limit.
+        NoEffect: The edit did not do what was planned.
+    """
+    with watched() as cost:
+        change = plan(model, facts, method, **settings)
+    edited = apply(model, change)
+    effect = check_effect(model, edited, facts)
+    harm = None
+    report: dict[str, Any] = {
+        "effect": effect,
+        "seconds": round(cost.seconds, 2),
+        "peak_mib": round(cost.peak_mib),
+        "norms": change.norms(model),
+    }
+    if max_harm is not None:
+        harm = measure_harm(edited, bystanders(model, facts), max_harm, confidence)
+        report["harm"] = harm.to_dict()
+        harm.require()
+    return Edited(edited, with_report(change, report), effect, harm)

@@ -372,11 +372,11 @@ def test_bfloat16_loses_much_of_a_small_edit_and_says_how_much(llama):
     name = "blocks.1.mlp.down"
     small = planned(llama, {name: low(llama, name, 1, size=3e-4)})
     new = changes.apply(llama, small)
-    error = changes.stored_error(llama, new, [name], "bfloat16")[name]
+    error = changes.cast_error(new, {name: llama.matrix(name)}, "bfloat16")[name]
     wanted = (new.matrix(name).bfloat16().float() - new.matrix(name)).norm() / small.parts[name].delta().norm()
     assert error == pytest.approx(float(wanted), rel=1e-3)
     assert error > 0.1
-    assert changes.stored_error(llama, new, [name], "float32") == {name: 0.0}
+    assert changes.cast_error(new, {name: llama.matrix(name)}, "float32") == {name: 0.0}
 
 
 # Adapters.

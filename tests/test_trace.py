@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,8 +22,11 @@ FLOAT64 = ("gpt2", "gpt2_square", "gpt_neox", "opt")
 """Families that compute in float64 when they are in float64; the others' norms or attention pass through float32."""
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def model(tiny):
+    """``model("llama")``: a tiny model that the tests share; none of them may change it."""
+
+    @functools.cache
     def make(name: str = "llama", n_blocks: int = N_BLOCKS, **fields) -> Model:
         return wrap(*tiny(name, n_blocks=n_blocks, **fields))
 
@@ -173,8 +177,8 @@ def test_as_many_rows_as_columns_are_still_told_apart(model, name):
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_the_gradient_is_that_of_float64_differences(model, name):
-    one = model(name)
+def test_the_gradient_is_that_of_float64_differences(tiny, name):
+    one = wrap(*tiny(name, n_blocks=N_BLOCKS))
     one.network.to(torch.float64 if name in FLOAT64 else torch.float32)
     suffix = Suffix.of(one, ROWS, (3, 1, 0), 1)
     generator = torch.Generator().manual_seed(0)

@@ -95,30 +95,34 @@ def from_flags(cls: type[S], flags: Sequence[str]) -> S:
     Raises:
         SettingsError: A word is not a flag of `cls`, has no value, or its value is not allowed.
     """
-    boolean = {f.name for f in fields_of(cls) if f.type == "bool"}
+    types = {f.name: f.type for f in fields_of(cls)}
     values: dict[str, Any] = {}
     words = list(flags)
     while words:
         word = words.pop(0)
         if not word.startswith("--"):
             raise SettingsError(f"{word!r} is not a flag. Settings are written as --name value.")
-        name, _, value = word[2:].partition("=")
+        name, given, value = word[2:].partition("=")
         name = name.replace("-", "_")
-        if not value and name in boolean and (not words or words[0].startswith("--")):
-            value = "true"
-        elif not value:
-            if not words:
-                with_settings(cls, {name: None} if name not in {f.name for f in dataclasses.fields(cls)} else {})
+        if not given:
+            alone = not words or words[0].startswith("--")
+            if alone and types.get(name) != "bool":
+                with_settings(cls, {} if name in types else {name: None})
                 raise SettingsError(f"{word} needs a value.")
-            value = words.pop(0)
-        values[name] = _parse(value)
+            value = "true" if alone else words.pop(0)
+        values[name] = _parse(value, types.get(name, ""))
     return with_settings(cls, values)
 
 
-def _parse(text: str) -> Any:
+def _parse(text: str, kind: str) -> Any:
+    """Read a flag's value as its field's type wants it: a path of digits stays text, one block is a list of one."""
     import yaml
 
-    if "," in text and not text.startswith(("[", "{")):
+    if kind == "str" or " | " in kind:
+        return text
+    if "tuple" in kind and not text.startswith("["):
+        if "Literal" in kind and "," not in text:
+            return text
         text = f"[{text}]"
     try:
         value = yaml.safe_load(text)
@@ -155,6 +159,8 @@ def _check(cls: type[Settings], name: str, adapter: Any, value: Any) -> Any:
     try:
         if field.type == "bool" and not isinstance(value, bool):
             raise SettingsError(f"{_name(cls)}: {name} must be true or false; got {value!r}.")
+        if field.type in ("int", "float") and isinstance(value, bool):  # pydantic would take True for 1
+            raise SettingsError(f"{_name(cls)}: {name} must be {field.type}; got {value!r}.")
         return adapter.validate_python(value)
     except ValidationError as error:
         want = " ".join(filter(None, [field.type, field.allowed]))

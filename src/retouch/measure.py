@@ -6,6 +6,7 @@ the company of other rows changes a number.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections import Counter
@@ -13,11 +14,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from .errors import ModelError, UserError
 from .model import Model
 from .tokens import Bos, Row, Text, encode
 from .trace import Trace
@@ -148,12 +150,25 @@ def continuations(
 
     Returns:
         The new text of each prompt, without the prompt.
+
+    Raises:
+        UserError: A prompt has no token to go on from, or `n_tokens` is below 1.
+        ModelError: The model predicts no next token.
     """
     from transformers import GenerationConfig
 
+    if model.anatomy.kind != "decoder" or not model.anatomy.has_head:
+        raise ModelError(
+            f"{model.source} is a {model.anatomy.family} {model.anatomy.kind} without a next token to predict, so it "
+            "continues no text. Open a decoder with its head, e.g. smollm2."
+        )
+    if n_tokens < 1:
+        raise UserError(f"n_tokens must be at least 1; got {n_tokens}.")
     if not prompts:
         return []
     rows = [tuple(ids) for ids in model.tokenizer([p.rstrip() for p in prompts])["input_ids"]]
+    if not all(rows):
+        raise UserError("An empty text cannot be continued: this model needs at least one token. Give it some words.")
     batch = model.batch(rows, side="left")
     new = max(1, n_tokens - batch.shape[1]) if total else n_tokens
     config = GenerationConfig(
@@ -163,11 +178,11 @@ def continuations(
         pad_token_id=model.pad_id,
         eos_token_id=model.tokenizer.eos_token_id,
     )
+    network: Any = copy.copy(model.network)  # one whose own wishes (a repetition penalty, a temperature) are gone
+    network.generation_config = GenerationConfig()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        ids = model.network.generate(  # type: ignore[operator, union-attr]
-            input_ids=batch.ids, attention_mask=batch.mask, generation_config=config
-        )
+        ids = network.generate(input_ids=batch.ids, attention_mask=batch.mask, generation_config=config)
     return list(model.tokenizer.batch_decode(ids[:, batch.shape[1] :], skip_special_tokens=True))
 
 
@@ -193,7 +208,7 @@ def chunk_nll(model: Model, text: str, n_tokens: int = 2048, chunk: int = 32) ->
 
 
 def perplexity(model: Model, text: str, n_tokens: int = 2048, chunk: int = 128) -> float:
-    """Return exp of the mean NLL of a text, read in chunks of `chunk` tokens."""
+    """Return exp of the mean over a text's chunks of `chunk` tokens of their NLL."""
     return math.exp(float(chunk_nll(model, text, n_tokens, chunk).mean()))
 
 

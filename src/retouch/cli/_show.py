@@ -32,7 +32,7 @@ def table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    drawn = Table(title=title, title_justify="left", title_style="bold", show_edge=False, pad_edge=False)
+    drawn = Table(title=Text(title), title_justify="left", title_style="bold", show_edge=False, pad_edge=False)
     for column in columns:
         drawn.add_column(column, overflow="fold")
     for row in rows:

@@ -47,7 +47,9 @@ def edit(
     wanted = _facts(prompt, subject, target, truth, facts)
     if max_harm is not None and not 0 < max_harm < 1:
         raise UserError(f"--max-harm must lie between 0 and 1; got {max_harm:g}.")
-    if out is not None and out.exists() and not (out / "manifest.json").is_file():
+    if max_harm is not None and not 0 < confidence < 1:
+        raise UserError(f"--confidence must lie between 0 and 1; got {confidence:g}.")
+    if out is not None and out.exists() and not (out / "change.safetensors").is_file():
         raise UserError(f"{out} exists and is no change of ours. Name another folder.")
     from ..change import save
     from ..edit.api import edit_facts

@@ -48,7 +48,8 @@ def apply(
         _show.emit({"model": str(out), "lost": lost, **after.to_dict()})
         return
     _show.console().print(
-        f"{out} carries {len(after.active)} changes (the new one is number {after.entries[-1].number})."
+        f"{out} carries {len(after.active)} changes (the new one is number {after.entries[-1].number}).",
+        markup=False,
     )
     for name, share in lost.items():
         _show.console().print(f"{name}: the stored type loses {share:.1%} of the change.", markup=False)

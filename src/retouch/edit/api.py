@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import registry
+from ..bound import certify
 from ..change import Change, apply, with_report
 from ..errors import NoEffect
 from ..measure import answers, watched
@@ -90,9 +91,12 @@ def edit_facts(
         The edited model and the change, its report filled in.
 
     Raises:
+        UserError: The limit or the confidence is no number that is allowed.
         BoundRefused: The certified harm exceeds the limit.
         NoEffect: The edit did not do what was planned.
     """
+    if max_harm is not None:
+        certify([0.0], max_harm, confidence=confidence)  # a limit that is none is refused before any work
     with watched() as cost:
         change = plan(model, facts, method, **settings)
     edited = apply(model, change)

@@ -126,10 +126,12 @@ def run(model: Model, facts: Sequence[Fact], bench: Bench, out: Path, *, data: s
         "data": data,
         "n": len(facts),
         "seed": bench.seed,
-        "batch": bench.batch_size,
-        "environment": environment(),
+        "environment": {
+            **environment(),
+            "batch": bench.batch_size,
+            "settings": {name: m.to_dict() for name, m in bench.methods.items()},
+        },
         "methods": {},
-        "settings": {name: m.to_dict() for name, m in bench.methods.items()},
     }
     neutral = neutral_of(model)
     exams = examine(model, facts, n_generations=bench.n_generations, seed=bench.seed)
@@ -201,7 +203,7 @@ class _Partial:
                 try:
                     self.lines.append(json.loads(line))
                 except json.JSONDecodeError:
-                    break  # the last line of a killed run
+                    continue  # the torn line of a killed run
 
     def _mark(self, name: str, method: EditMethod) -> str:
         return store.key(run=self.key, name=name, settings=method.to_dict())
@@ -214,7 +216,8 @@ class _Partial:
     def add(self, name: str, method: EditMethod, number: int, row: Mapping[str, float]) -> None:
         """Append a record and flush it to the disk."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        line = json.dumps({"mark": self._mark(name, method), "number": number, "row": dict(row)})
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"mark": self._mark(name, method), "number": number, "row": dict(row)}) + "\n")
+            file.write(f"\n{line}\n")  # the first line end closes a torn line, or this record would be lost with it
             file.flush()
             os.fsync(file.fileno())

@@ -314,8 +314,8 @@ def summarise(rows: Sequence[Mapping[str, float]], subjects: Sequence[str], seed
         values = np.array([r.get(name, 0.0) for r in rows])
         out[name] = float(values[has].mean())
         totals = np.bincount(groups, np.where(has, values, 0.0))
-        counts = np.bincount(groups, has)
-        means = totals[draws].sum(1) / np.maximum(counts[draws].sum(1), 1)
+        counts = np.bincount(groups, has)[draws].sum(1)
+        means = (totals[draws].sum(1) / np.maximum(counts, 1))[counts > 0]  # a draw without the metric says nothing
         out[f"{name}_low"], out[f"{name}_high"] = (float(q) for q in np.quantile(means, [0.025, 0.975]))
         if not has.all():
             out[f"{name}_n"] = float(has.sum())

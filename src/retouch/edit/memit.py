@@ -47,7 +47,12 @@ class Memit(ValueEditMethod):
         (), "Edited blocks, ascending; empty: 0.13 to 0.26 of the depth (gpt2: 0.27 to 0.35)."
     )
     metric: MetricName = setting("covariance", "Norm that the write is smallest in.")
-    moment_weight: float = setting(0.0, "Weight of the metric against the facts; 0: the width of the key.", ge=0)
+    moment_weight: float = setting(
+        0.0,
+        "Weight of the metric against the facts; 0: half of a lone residual goes through (covariance: the width of the "
+        "key; identity: in units of its squared length).",
+        ge=0,
+    )
 
     def plan(self, model: Model, facts: Sequence[Fact]) -> Change:
         """Plan all facts together."""
@@ -87,10 +92,12 @@ class Memit(ValueEditMethod):
         group: Sequence[tuple[Problem, Value]],
         contexts: list[str],
     ) -> Change:
-        weight = self.moment_weight or float(model.anatomy.d_ff)
 
         def solve(name: str, keys: torch.Tensor, residuals: torch.Tensor) -> linalg.Solution:
-            scaled = metric[name].scaled(weight if self.metric == "covariance" else float((keys**2).sum(0).mean()))
+            # either way a lone fact takes about half of its residual: k' C0^-1 k is d_ff on average, k'k is |k|^2
+            half = float(model.anatomy.d_ff) if self.metric == "covariance" else float((keys**2).sum(0).mean())
+            factor = self.moment_weight if self.metric == "covariance" else self.moment_weight * half
+            scaled = metric[name].scaled(factor or half)
             return linalg.solve(keys, residuals, scaled, mode="least_squares")
 
         found = [p for p, _ in group]

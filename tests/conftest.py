@@ -8,9 +8,11 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import contextlib
 import copy
 import functools
 import ipaddress
+import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job; the tests interrupt their children
+    with contextlib.suppress(ValueError):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 Tiny = Callable[..., tuple[Any, Any]]
 THREADS = os.cpu_count() or 1

@@ -283,3 +283,11 @@ def test_a_change_from_the_ledger_is_a_change_like_any_other(two, llama, tmp_pat
     save_ledger(two, tmp_path / "edited")
     folder = next((tmp_path / "edited" / "ledger").glob("0001-*"))
     assert changes.apply(llama, changes.load(folder)).fingerprint == two.undo(2).model.fingerprint
+
+
+def test_a_model_never_replaces_a_change(llama, tmp_path):
+    change = make_change(llama, 1)
+    changes.save(change, tmp_path / "change")
+    with pytest.raises(StoreError, match="holds a change, which the model would replace"):
+        save_ledger(Ledger(llama).apply(change), tmp_path / "change")
+    assert changes.load(tmp_path / "change").id == change.id

@@ -130,6 +130,8 @@ def save_ledger(
         dtype: Type of the stored weights; by default the file type the model came in.
         report: Measurements to keep beside.
     """
+    if (path / "retouch.json").is_file() and store.read_json(path / "retouch.json").get("kind") != "model":
+        raise StoreError(f"{path} holds a change, which the model would replace. Name another folder.")
     dtype = dtype or ledger.model.file_dtype
     record = {
         "format": FORMAT,

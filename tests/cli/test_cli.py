@@ -713,7 +713,8 @@ def test_help_loads_no_torch():
         "import sys\nfrom retouch.cli import main\ntry:\n    main()\nexcept SystemExit as end:\n"
         "    print(end.code, [m for m in ('torch', 'transformers', 'numpy', 'pydantic') if m in sys.modules])"
     )
-    out, err = process(code, "--help").communicate(timeout=60)
+    with process(code, "--help") as running:
+        out, err = running.communicate(timeout=60)
     assert out.splitlines()[-1] == "0 []", err
     for name in ("edit", "apply", "undo", "log", "show", "diff", "ask", "methods", "doctor", "demo", "bench"):
         assert name in out
@@ -723,17 +724,14 @@ def test_ctrl_c_while_planning_leaves_nothing_half_written(base, tmp_path):
     code = "from retouch.cli import _show, main\n_show._Lines.__init__.__defaults__ = (0.0,)\nmain()"
     out = tmp_path / "lyon"
     words = ("edit", base, *FACT, "--n-steps", 1000, "--stop-loss", 0, "--block", 1, "--contexts", "plain", "-o", out)
-    running = process(code, *words, cwd=tmp_path)
-    watchdog = threading.Timer(100, running.kill)
-    watchdog.start()
-    try:
+    with process(code, *words, cwd=tmp_path) as running:
+        watchdog = threading.Timer(100, running.kill)
+        watchdog.start()
         for line in running.stderr:
             if line.startswith("Values for 1 facts"):
                 break
         running.send_signal(signal.SIGINT)
         said, error = running.stdout.read(), running.stderr.read()
-        running.wait()
-    finally:
         watchdog.cancel()
     assert running.returncode == 130, error
     assert said == ""

@@ -14,6 +14,7 @@ from . import bench, edit, look, model
 
 __all__ = ["app", "main"]
 
+STOPPED = "Stopped. Nothing was half-written; the same command goes on or begins anew."
 app = typer.Typer(
     name="retouch",
     help="Change a trained language model after its training, and prove what else changed.",
@@ -41,7 +42,7 @@ def main() -> None:
         error.show()
         sys.exit(2)
     except (KeyboardInterrupt, click.exceptions.Abort):
-        _fail("Stopped. Nothing was half-written; the same command goes on or begins anew.", 130)
+        _fail(STOPPED, 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
@@ -52,6 +53,8 @@ def main() -> None:
             f"{type(error).__name__}: {error}\nThis is a fault of Retouch. RETOUCH_DEBUG=1 shows where it happened.", 1
         )
     else:
+        if code == 130:  # typer has caught the interrupt
+            _fail(STOPPED, 130)
         sys.exit(code if isinstance(code, int) else 0)
 
 

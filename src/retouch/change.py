@@ -379,7 +379,7 @@ def _joined(one: Part, two: Part) -> Part:
     return Dense((one.delta() + two.delta()).float())
 
 
-def save(change: Change, path: Path) -> None:
+def save(change: Change, path: str | Path) -> None:
     """Write a change as a folder: factors, a record for programs, a page for people; whole or not at all."""
     tensors = {f"{n}/{k}": t.float().contiguous() for n, p in change.parts.items() for k, t in p.tensors().items()}
     tensors |= {f"{n}/keys": t.float().contiguous() for n, t in change.keys.items()}
@@ -401,12 +401,13 @@ def save(change: Change, path: Path) -> None:
         (folder / "README.md").write_text(_card(change), encoding="utf-8")
 
 
-def load(path: Path) -> Change:
+def load(path: str | Path) -> Change:
     """Read a change and check all of it: manifest, hashes, names, shapes, finite numbers, id.
 
     Raises:
         StoreError: Anything is missing, extra, damaged or of a newer format.
     """
+    path = Path(path)
     store.check_folder(path)
     record = _record(path)
     parts, keys = _parts(path, store.load_tensors(path / "change.safetensors"))
@@ -479,7 +480,7 @@ def _card(change: Change) -> str:
     return "\n".join(lines)
 
 
-def to_peft(change: Change, model: Model, path: Path) -> None:
+def to_peft(change: Change, model: Model, path: str | Path) -> None:
     """Write a change as a LoRA adapter that plain PEFT loads onto the unchanged model.
 
     Rank and scale of each module are set so that the adapter adds exactly ``left @ right``.
@@ -527,12 +528,13 @@ _MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Ways to start an adapter that also alter the weights below it, so that its difference is not ``left @ right``."""
 
 
-def from_peft(path: Path, model: Model) -> Change:
+def from_peft(path: str | Path, model: Model) -> Change:
     """Read a LoRA adapter as a change of `model`.
 
     Raises:
         StoreError: The adapter is pickled, is no plain LoRA, or does not fit the model.
     """
+    path = Path(path)
     file = path / "adapter_model.safetensors"
     if not file.is_file():
         raise StoreError(f"{path} has no adapter_model.safetensors. Pickled adapters (.bin) are not read.")

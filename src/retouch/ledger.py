@@ -120,7 +120,7 @@ class Ledger:
 
 
 def save_ledger(
-    ledger: Ledger, path: Path, *, dtype: str | None = None, report: Mapping[str, Any] | None = None
+    ledger: Ledger, path: str | Path, *, dtype: str | None = None, report: Mapping[str, Any] | None = None
 ) -> None:
     """Write a model folder that any Hugging Face loader opens and that carries its ledger.
 
@@ -130,6 +130,7 @@ def save_ledger(
         dtype: Type of the stored weights; by default the file type the model came in.
         report: Measurements to keep beside.
     """
+    path = Path(path)
     if (path / "retouch.json").is_file() and store.read_json(path / "retouch.json").get("kind") != "model":
         raise StoreError(f"{path} holds a change, which the model would replace. Name another folder.")
     dtype = dtype or ledger.model.file_dtype

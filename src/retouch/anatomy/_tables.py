@@ -21,6 +21,7 @@ _OPTIONAL: dict[str, Any] = {
     "parallel": False,
     "flat_mlp": False,
     "softcap": None,
+    "mlp_norm": None,
     "d_ff_multiple": None,
     "groups": (),
 }

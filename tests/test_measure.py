@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from families import DECODERS
-from retouch import measure, stats
+from retouch import _continuations, _likelihood, measure, stats
 from retouch.change import Change, Dense, LowRank, apply, side_by_side
 from retouch.errors import UserError
+from retouch.lanes import Owners
 from retouch.model import wrap
 from retouch.tokens import Text, encode
 
@@ -91,9 +92,52 @@ def test_left_and_right_padding_give_equal_logits(open_tiny, family):
 
 def test_long_lists_run_in_several_batches_and_keep_their_order(llama, monkeypatch):
     whole = measure.answers(llama, TEXTS)
-    monkeypatch.setattr(measure, "ROW_TOKENS", 1)
+    monkeypatch.setattr(_likelihood, "ROW_TOKENS", 1)
     for one, other in zip(whole, measure.answers(llama, TEXTS), strict=True):
         assert one.nll == pytest.approx(other.nll, abs=1e-5)
+
+
+def test_a_bound_on_logits_cuts_batches_too(llama, monkeypatch):
+    whole = measure.answers(llama, TEXTS)
+    monkeypatch.setattr(_likelihood, "LOGITS", 1)
+    for one, other in zip(whole, measure.answers(llama, TEXTS), strict=True):
+        assert one.nll == pytest.approx(other.nll, abs=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_a_prompt_that_others_go_on_from_is_read_in_their_pass(open_tiny, family):
+    model = open_tiny(family)
+    prompt = Text("The capital of France is")
+    longer = [Text(prompt.before, target="Paris, the city of light"), Text(prompt.before, target="Lyon")]
+    logp = measure.next_logp(model, [prompt])[0]
+    read = []
+    count = model.network.register_forward_pre_hook(
+        lambda _, args, kw: read.append(kw["input_ids"].shape[0]), with_kwargs=True
+    )
+    said, (shift,) = measure.look(model, longer, [measure.Before(prompt, logp, 7)])
+    count.remove()
+    assert sum(read) == 2
+    assert shift.same
+    assert shift.kl == pytest.approx(0, abs=1e-5)
+    assert shift.nll == pytest.approx(-float(logp[7]), abs=1e-4)
+    for one, other in zip(said, measure.answers(model, longer)):
+        assert one.nll == pytest.approx(other.nll, abs=1e-5)
+
+
+def test_a_shift_is_that_of_the_two_distributions(llama):
+    prompt, other = Text("The capital of France is"), Text("Big Ben is located in")
+    before, now = measure.next_logp(llama, [other, prompt])
+    _, (shift,) = measure.look(llama, [], [measure.Before(prompt, before, 11)])
+    assert shift.kl == pytest.approx(
+        float(torch.nn.functional.kl_div(now, before, log_target=True, reduction="sum")), rel=1e-4
+    )
+    assert shift.same == bool(before.argmax() == now.argmax())
+    assert shift.nll == pytest.approx(-float(now[11]), abs=1e-5)
+
+
+def test_an_answer_names_its_targets_first_token(llama):
+    (row,) = encode(llama.tokenizer, TEXTS[:1])
+    assert measure.answers(llama, TEXTS[:1])[0].first == row.target[0]
 
 
 def test_nothing_asked_is_nothing_answered(llama):
@@ -133,14 +177,18 @@ def test_chunks_of_a_text_are_scored_each_alone(llama, n_tokens, chunk):
 
 
 @torch.no_grad()
-def slow_greedy(model, prompt, n):
+def slow_ids(model, prompt, n):
     ids = list(model.tokenizer(prompt)["input_ids"])
     begin = len(ids)
     for _ in range(n):
         ids.append(int(model.network(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
         if ids[-1] == model.tokenizer.eos_token_id:
             break
-    return model.tokenizer.decode(ids[begin:], skip_special_tokens=True)
+    return ids[begin:]
+
+
+def slow_greedy(model, prompt, n):
+    return model.tokenizer.decode(slow_ids(model, prompt, n), skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "opt"])
@@ -164,6 +212,37 @@ def test_sampling_is_reproducible_and_leaves_the_global_generator_alone(llama):
     torch.rand(7)
     assert measure.continuations(llama, PROMPTS, 12, top_k=5, seed=3) == one
     assert measure.continuations(llama, PROMPTS, 12, top_k=5, seed=4) != one
+
+
+def test_token_ids_are_continued_as_they_are(open_tiny):
+    model = open_tiny("gemma2")  # its tokenizer puts a beginning-of-text token in front
+    ids = tuple(model.tokenizer("The capital of France is")["input_ids"])
+    text, as_ids, bare = measure.continuations(model, ["The capital of France is", ids, ids[1:]], 8)
+    assert text == as_ids != bare
+
+
+def test_each_prompt_has_its_own_number_of_new_tokens(llama):
+    prompts = [*PROMPTS[:2], PROMPTS[0]]
+    found = measure.continuations(llama, prompts, [3, 9, 7])
+    assert found == [measure.continuations(llama, [p], n)[0] for p, n in zip(prompts, (3, 9, 7))]
+    assert found[2].startswith(found[0])
+    with pytest.raises(UserError, match="at least 1; got 0"):
+        measure.continuations(llama, prompts, [3, 0, 7])
+
+
+def test_a_text_ends_at_a_token_that_stops_it(llama):
+    (whole,) = measure.continuations(llama, PROMPTS[:1], 8)
+    ids = slow_ids(llama, PROMPTS[0], 8)
+    stop = ids[4]
+    (cut,) = measure.continuations(llama, PROMPTS[:1], 8, stop=[stop])
+    assert cut == llama.tokenizer.decode(ids[: ids.index(stop)])
+    assert whole.startswith(cut)
+
+
+def test_batches_of_continuations_are_bounded_and_change_nothing(llama, monkeypatch):
+    whole = measure.continuations(llama, PROMPTS, 6)
+    monkeypatch.setattr(_continuations, "CACHE_MIB", 0)
+    assert measure.continuations(llama, PROMPTS, 6) == whole
 
 
 def test_total_counts_the_prompt_too(llama):
@@ -315,3 +394,47 @@ def test_biases_side_by_side(open_tiny):
         with torch.no_grad():
             wanted = apply(model, change).network(input_ids=torch.tensor([row])).logits[0]
         torch.testing.assert_close(logits[i], wanted, atol=1e-4, rtol=1e-4)
+
+
+MIXED = [{ONE: 2}, {ONE: 20, TWO: 1}, {TWO: "dense"}, {}]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_each_row_carries_the_change_that_it_is_given(open_tiny, family):
+    model = open_tiny(family)
+    changes = [planned(model, p, 10 * i) for i, p in enumerate(MIXED)]
+    each = [3, 1, 0, 2, 1, 0]
+    texts = [Text(PROMPTS[i % 2], target="Paris and London") for i in range(len(each))]
+    before = measure.next_logp(model, texts)
+    prompts = [measure.Before(Text(t.before), logp, 5) for t, logp in zip(texts, before)]
+    with side_by_side(model, changes) as lanes:
+        owners = Owners(lanes, each * 2)
+        said, shifts = measure.look(model, texts, prompts, owners=owners)
+        ratio = measure.perplexities(model, stats.bundled_text("neutral"), Owners(lanes, range(4)), 40, 20)
+        text = measure.continuations(model, [t.before for t in texts], 5, owners=owners)
+        assert lanes.index.tolist() == [0, 1, 2, 3]  # equal groups again
+    for i, k in enumerate(each):
+        alone = apply(model, changes[k]) if MIXED[k] else model
+        (one,), (shift,) = measure.look(alone, [texts[i]], [prompts[i]])
+        assert said[i].nll == pytest.approx(one.nll, abs=1e-4)
+        assert (shifts[i].kl, shifts[i].nll) == pytest.approx((shift.kl, shift.nll), abs=1e-4)
+        assert text[i] == measure.continuations(alone, [texts[i].before], 5)[0]
+        assert ratio[k] == pytest.approx(measure.perplexity(alone, stats.bundled_text("neutral"), 40, 20), rel=1e-4)
+    assert len({round(r, 3) for r in ratio}) == 4
+
+
+def test_a_change_that_several_rows_carry_is_kept_once(open_tiny):
+    model = open_tiny("llama")
+    one, two = planned(model, {ONE: 1}, 0), planned(model, {ONE: "dense"}, 5)
+    with side_by_side(model, [one, two, one]) as lanes:
+        assert lanes.n_lanes == 2
+        assert lanes.index.tolist() == [0, 1, 0]
+        assert {lane: rows.tolist() for lane, rows in lanes.rows.items()} == {0: [0, 2], 1: [1]}
+
+
+def test_groups_come_back_after_an_error(open_tiny):
+    model = open_tiny("llama")
+    with side_by_side(model, [planned(model, {ONE: 1}, i) for i in range(2)]) as lanes:
+        with pytest.raises(ZeroDivisionError), lanes.carrying([1, 1, 0]):
+            raise ZeroDivisionError
+        assert lanes.index.tolist() == [0, 1]

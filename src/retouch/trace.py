@@ -6,7 +6,7 @@ block, and what stands before the edited position, is computed once and never ag
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +15,7 @@ import torch
 
 from . import tokens
 from .errors import ModelError
+from .lanes import Factors, Lanes
 from .model import Model
 
 if TYPE_CHECKING:
@@ -97,24 +98,31 @@ class Trace:
 
         self._handles.append(self.model.module(name).register_forward_hook(hook))
 
-    def branch(self, name: str, left: Tensor, right: Tensor | None = None) -> None:
+    def branch(self, name: str, left: Tensor, right: Tensor) -> None:
         """Add ``left @ right`` to a weight as a side branch: its output gains ``left (right x)``.
 
-        With a leading axis the rows of a pass are so many equal groups, and each group has its own branch: many edited
-        models run in one pass.
-
         Shapes:
-            left: (outputs, rank) or (groups, outputs, rank); right: (rank, inputs) or (groups, rank, inputs).
-            Without `right`, left is the whole difference, (groups, outputs, inputs).
+            left: (outputs, rank); right: (rank, inputs).
         """
-        left = left.to(self.model.device, torch.float32)
-        right = right if right is None else right.to(self.model.device, torch.float32)
-        groups = left.shape[0] if left.dim() == 3 else 1
+        left, right = (t.to(self.model.device, torch.float32) for t in (left, right))
 
         def hook(_: Any, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-            gain = args[0].reshape(groups, -1, args[0].shape[-1])
-            gain = gain if right is None else gain @ right.mT
-            return out + (gain @ left.mT).reshape(out.shape)
+            return out + (args[0] @ right.mT) @ left.mT
+
+        self._handles.append(self.model.module(name).register_forward_hook(hook))
+
+    def branches(self, name: str, parts: Mapping[int, Factors], lanes: Lanes) -> None:
+        """Add a side branch for each lane: every row's output gains what the change that it carries adds.
+
+        Shapes:
+            A lane's part is left (outputs, rank) and right (rank, inputs), or the whole difference (outputs, inputs)
+            and None. A lane without a part gains nothing.
+        """
+        gain = lanes.gain(parts)
+
+        def hook(_: Any, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+            # OPT flattens rows and columns before its MLP
+            return out + gain(args[0].reshape(lanes.n_rows, -1, args[0].shape[-1])).reshape(out.shape)
 
         self._handles.append(self.model.module(name).register_forward_hook(hook))
 

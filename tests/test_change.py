@@ -88,6 +88,7 @@ def test_a_saved_change_comes_back_bit_for_bit(llama, tmp_path, make):
     before = replace(
         make(llama),
         keys={"blocks.1.mlp.down": torch.randn(64, 3)},
+        targets={"blocks.1.mlp.down": torch.randn(32, 3)},
         notes={"contexts": ["", "I am. "], "facts": [{"reach": 0.25}]},
         report={"efficacy": 1.0},
     )
@@ -98,6 +99,8 @@ def test_a_saved_change_comes_back_bit_for_bit(llama, tmp_path, make):
     assert (after.method, after.base, after.facts) == (before.method, before.base, before.facts)
     assert (after.settings, after.notes, after.report) == (before.settings, before.notes, before.report)
     assert torch.equal(after.keys["blocks.1.mlp.down"], before.keys["blocks.1.mlp.down"])
+    assert after.targets.keys() == {"blocks.1.mlp.down"}
+    assert torch.equal(after.targets["blocks.1.mlp.down"], before.targets["blocks.1.mlp.down"])
     assert after.parts.keys() == before.parts.keys()
     for name, part in before.parts.items():
         assert type(after.parts[name]) is type(part)
@@ -350,22 +353,53 @@ def test_norms_are_those_of_the_difference(llama):
         )
 
 
-def test_combined_changes_are_their_sum_and_keep_their_keys(llama):
+def test_combined_changes_are_their_sum_and_keep_their_keys_and_targets(llama):
     name = "blocks.1.mlp.down"
-    one = replace(lowrank_change(llama, 1), keys={name: torch.ones(64, 2)})
-    two = replace(lowrank_change(llama, 2), keys={name: torch.zeros(64, 1)})
+    one, two = (
+        replace(lowrank_change(llama, n), keys={name: torch.full((64, n), n)}, targets={name: torch.full((32, n), -n)})
+        for n in (1, 2)
+    )
     three = dense_change(llama, 3)
     both, all_three = changes.combine([one, two]), changes.combine([three, two, one])
 
     assert isinstance(both.parts[name], LowRank) and both.parts[name].rank == 6
     assert isinstance(all_three.parts[name], Dense)
-    assert both.keys[name].shape == (64, 3)
+    first, second = sorted((one, two), key=lambda c: c.id)  # the order of the sum, of the factors and of the columns
+    assert torch.equal(both.keys[name], torch.cat([first.keys[name], second.keys[name]], 1))
+    assert torch.equal(both.targets[name], -both.keys[name][:32])
+    assert torch.equal(both.parts[name].right[: first.parts[name].rank], first.parts[name].right)
     total = sum(c.parts[name].delta() for c in (one, two, three))
     assert torch.allclose(all_three.parts[name].delta(), total, atol=1e-6)
     assert len(all_three.facts) == 3
     assert changes.combine([two, one]).id == both.id
     with pytest.raises(WrongBase, match="one model"):
         changes.combine([one, replace(two, base="0" * 32)])
+
+
+def test_combined_targets_stand_beside_their_own_keys_or_are_dropped(llama):
+    name = "blocks.1.mlp.down"
+    one = replace(lowrank_change(llama, 1), keys={name: torch.ones(64, 2)}, targets={name: torch.ones(32, 2)})
+    older = replace(lowrank_change(llama, 2), keys={name: torch.zeros(64, 1)})
+    both = changes.combine([one, older])
+    assert both.keys[name].shape == (64, 3) and dict(both.targets) == {}
+    assert changes.combine([one, dense_change(llama)]).targets[name].shape == (32, 2)
+
+
+@pytest.mark.parametrize(
+    ("keys", "targets", "says"),
+    [
+        ((63, 2), (32, 2), "blocks.1.mlp.down is 32x64, to which keys 63x2, targets 32x2 do not fit"),
+        ((64, 2), (64, 2), "keys 64x2, targets 64x2 do not fit"),
+        ((64, 3), (32, 2), "keys 64x3, targets 32x2 do not fit"),
+        (None, (31, 2), "to which targets 31x2 do not fit"),
+    ],
+)
+def test_keys_and_targets_of_another_size_are_refused(llama, tmp_path, keys, targets, says):
+    columns = {"keys": keys, "targets": targets}
+    found = {k: {"blocks.1.mlp.down": torch.ones(size)} for k, size in columns.items() if size}
+    changes.save(replace(lowrank_change(llama), **found), tmp_path / "change")
+    with pytest.raises(StoreError, match=re.escape(says)):
+        changes.load(tmp_path / "change")
 
 
 def test_bfloat16_loses_much_of_a_small_edit_and_says_how_much(llama):

@@ -12,9 +12,11 @@ from safetensors.torch import load_file, save_file
 from retouch import change as changes
 from retouch import store
 from retouch.change import Change, Dense, LowRank
-from retouch.errors import NoEffect, StoreError, UnknownName, WrongBase
-from retouch.ledger import Ledger, open_ledger, save_ledger
+from retouch.errors import NoEffect, StoreError, UnknownName, UserError, WrongBase
+from retouch.ledger import Ledger, open_ledger, read_log, save_ledger
+from retouch.linalg import Identity, solve
 from retouch.model import open_model, wrap
+from retouch.parting import columns_of, identities, without
 
 NAME = "blocks.1.mlp.down"
 IDS = torch.tensor([[11, 57, 102, 13, 240, 31, 8]])
@@ -24,8 +26,28 @@ def make_change(model, seed, name=NAME, **more):
     make = torch.Generator().manual_seed(seed)
     out, into = model.anatomy.shape(name)
     part = LowRank(0.1 * torch.randn(out, 1, generator=make), torch.randn(1, into, generator=make))
-    facts = ({"prompt": "The capital of {} is", "subject": "France", "target": f"city {seed}"},)
-    return Change("rome", model.base_fingerprint, {name: part}, settings={"seed": seed}, facts=facts, **more)
+    more.setdefault("facts", (fact(f"land {seed}", f"city {seed}"),))
+    return Change("rome", model.base_fingerprint, {name: part}, settings={"seed": seed}, **more)
+
+
+def fact(subject, target, prompt="The capital of {} is", **more):
+    return {"prompt": prompt, "subject": subject, "target": target, **more}
+
+
+def batch(model, facts, *, lam=2.0, keep=None, mode="least_squares", seed=0, **more):
+    """Facts written together at a weight: random keys and residuals, the real solver."""
+    make = torch.Generator().manual_seed(seed)
+    out, into = model.anatomy.shape(NAME)
+    keys, residuals = torch.randn(into, len(facts), generator=make), torch.randn(out, len(facts), generator=make)
+    metric = Identity(lam if mode == "least_squares" else 1.0)
+    solved = solve(keys, residuals, metric, mode=mode, keep=keep)
+    part = LowRank(solved.left.float(), solved.right.float())
+    columns = {"keys": {NAME: keys}, "targets": {NAME: residuals}} | more
+    return Change("test", model.base_fingerprint, {NAME: part}, facts=tuple(facts), **columns)
+
+
+LANDS = ("France", "Italy", "Japan", "Peru")
+CITIES = tuple(fact(land, "Lyon") for land in LANDS)
 
 
 def bits(model):
@@ -79,7 +101,8 @@ def test_a_line_says_what_was_done(llama):
                 "method": "rome",
                 "status": "undone",
                 "when": "2026-01-02T03:04:05+00:00",
-                "facts": [{"prompt": "The capital of {} is", "subject": "France", "target": "city 1"}],
+                "facts": [{"prompt": "The capital of {} is", "subject": "land 1", "target": "city 1"}],
+                "until": 1,
             }
         ],
     }
@@ -132,6 +155,152 @@ def test_a_bias_is_undone_too(tiny):
     bias = model.anatomy.path(NAME) + ".bias"
     assert torch.equal(ledger.model.network.get_parameter(bias), before[bias] + parts[f"{NAME}:bias"].difference[:, 0])
     assert same(bits(ledger.undo(1).model), before)
+
+
+# A fact that is edited again.
+
+
+@pytest.mark.parametrize(
+    ("other", "same"),
+    [
+        (fact("FRANCE", "Nice"), True),
+        (fact("Ｆｒａｎｃｅ ", "Nice", "the  Capital of {} is"), True),
+        (fact("Italy", "Nice"), False),
+        (fact("France", "Nice", "The president of {} is"), False),
+        (fact("France", "Nice", "{} is ruled from", relation="capital"), True),
+        (fact("France", "Nice", "{} is ruled from", relation="president"), False),
+        (fact("France", "Nice", "{} is ruled from"), False),
+    ],
+)
+def test_facts_are_about_the_same_by_subject_and_relation_or_template(other, same):
+    assert bool(identities(fact("France", "Lyon", relation="Capital")) & identities(other)) is same
+
+
+def test_a_fact_that_is_edited_again_can_be_taken_out_first(llama):
+    first = make_change(llama, 1, facts=CITIES[:1], keys={NAME: torch.ones(64, 1)})
+    ledger = Ledger(llama).apply(first)
+    fresh, again = ledger.supersede([fact("france", "Nice")])
+    assert again == [] and same(bits(fresh.model), bits(llama))
+    assert [e.status for e in fresh.entries] == ["superseded"] and fresh.keys(NAME) is None
+    second = make_change(llama, 2, facts=(fact("france", "Nice"),), keys={NAME: torch.full((64, 1), 2.0)})
+    for got in (fresh.apply(second), ledger.apply(second, policy="replace")):
+        assert [line["status"] for line in got.to_dict()["changes"]] == ["superseded", "active"]
+        assert got.model.fingerprint == Ledger(llama).apply(second).model.fingerprint
+        assert got.keys(NAME)[0].tolist() == [2.0]
+
+
+def test_a_change_that_says_what_it_was_planned_without_replaces_that(llama):
+    first = make_change(llama, 1, facts=CITIES[:1])
+    second = make_change(llama, 2, facts=(fact("France", "Nice"),), notes={"supersedes": [first.id]})
+    other = make_change(llama, 3, facts=(fact("France", "Brest"),))
+    assert [e.status for e in Ledger(llama).apply(first).apply(second).entries] == ["superseded", "active"]
+    assert [e.status for e in Ledger(llama).apply(other).apply(second).entries] == ["active", "active"]
+
+
+def test_a_stacked_fact_stays_in_the_weights_but_its_key_is_free(llama, tmp_path):
+    first = make_change(llama, 1, facts=CITIES[:1], keys={NAME: torch.ones(64, 1)})
+    second = make_change(llama, 2, facts=(fact("France", "Nice"),), keys={NAME: torch.full((64, 1), 2.0)})
+    ledger = Ledger(llama).apply(first).apply(second)
+    assert {c.id for c in ledger.active} == {first.id, second.id}
+    assert ledger.keys(NAME)[0].tolist() == [2.0]
+    line = ledger.to_dict()["changes"][0]
+    assert (line["status"], line["in_force"]) == ("superseded", True)
+    save_ledger(ledger, tmp_path / "m")
+    again = open_ledger(tmp_path / "m")
+    assert again.to_dict() == ledger.to_dict() and same(bits(again.model), bits(ledger.model))
+    old = again.undo(2)  # the older one holds again
+    assert old.to_dict()["changes"][0]["status"] == "active" and old.keys(NAME)[0].tolist() == [1.0]
+    assert same(bits(again.undo(1).undo(2).model), bits(llama))
+
+
+def test_one_stale_fact_leaves_its_batch(llama):
+    change = batch(llama, CITIES)
+    ledger, again = Ledger(llama).apply(change).supersede([fact("Italy", "Milan")])
+    assert again == []
+    (entry,) = ledger.entries
+    assert entry.active and entry.removed == {1: ("superseded", 1)} and entry.facts == [0, 2, 3]
+    assert torch.equal(ledger.keys(NAME), change.keys[NAME][:, [0, 2, 3]])
+    stacked = Ledger(llama).apply(change).apply(make_change(llama, 1, facts=(fact("Italy", "Milan"),)))
+    assert stacked.to_dict()["changes"][0]["stale"] == [1]
+    assert torch.equal(stacked.keys(NAME), change.keys[NAME][:, [0, 2, 3]])
+
+
+def test_facts_of_one_value_leave_together_and_are_to_be_planned_again(llama):
+    facts = (CITIES[0], fact("France", "the pound", "The money of {} is"), CITIES[1])
+    make = torch.Generator().manual_seed(0)
+    keys, targets = torch.randn(64, 2, generator=make), torch.randn(32, 2, generator=make)
+    solved = solve(keys, targets, Identity(2.0), mode="least_squares")
+    part = LowRank(solved.left.float(), solved.right.float())
+    change = Change(
+        "merge", llama.base_fingerprint, {NAME: part}, facts=facts, keys={NAME: keys}, targets={NAME: targets}
+    )
+    assert columns_of(change) == [(0, 1), (2,)]
+    ledger, again = Ledger(llama).apply(change).supersede([fact("France", "Nice")])
+    assert again == [facts[1]]
+    assert ledger.entries[0].facts == [2] and ledger.entries[0].change.facts == (facts[2],)
+    with pytest.raises(UserError, match=r"Fact 0 of change .* shares one value with fact 1"):
+        Ledger(llama).apply(change).undo(1, 0)
+    dense = replace(change, parts={NAME: Dense(part.delta().float())}, keys={}, targets={})
+    ledger, again = Ledger(llama).apply(dense).supersede([fact("France", "Nice")])
+    assert again == list(facts[1:]) and ledger.entries[0].status == "superseded"
+    with pytest.raises(UserError, match="shares whole weights with facts 0, 2"):
+        Ledger(llama).apply(dense).undo(1, 1)
+
+
+# One fact of a batch.
+
+
+@pytest.mark.parametrize("kept", [0, 5])
+def test_least_squares_without_a_fact_is_the_solve_that_never_had_it(llama, kept):
+    keep = torch.randn(64, kept, generator=torch.Generator().manual_seed(9)) if kept else None
+    change = batch(llama, CITIES, keep=keep)
+    for gone in ({1}, {0, 3}, {1, 2, 3}):
+        rest = [i for i in range(4) if i not in gone]
+        keys, residuals = change.keys[NAME][:, rest], change.targets[NAME][:, rest]
+        never = solve(keys, residuals, Identity(2.0), mode="least_squares", keep=keep)
+        got = without(change, gone)
+        assert got.facts == tuple(CITIES[i] for i in rest)
+        assert torch.equal(got.keys[NAME], keys) and torch.equal(got.targets[NAME], residuals)
+        wanted = never.left @ never.right
+        assert (got.parts[NAME].delta() - wanted).norm() < 1e-5 * wanted.norm()
+
+
+def test_equality_without_a_fact_leaves_the_others_exactly(llama):
+    change = batch(llama, CITIES, mode="equality")
+    part, rest = without(change, {2}).parts[NAME], [0, 1, 3]
+    assert torch.equal(part.left, change.parts[NAME].left[:, rest])
+    assert torch.equal(part.right, change.parts[NAME].right[rest])
+    assert torch.allclose(part.delta() @ change.keys[NAME].double()[:, rest], change.targets[NAME].double()[:, rest],
+                          atol=1e-4)  # fmt: skip
+    assert (part.delta() @ change.keys[NAME].double()[:, 2]).norm() < 1e-4
+
+
+def test_a_change_without_targets_says_so(llama):
+    with pytest.raises(UserError, match="keeps no targets"):
+        Ledger(llama).apply(batch(llama, CITIES, targets={})).undo(1, 0)
+    equality = batch(llama, CITIES, targets={}, mode="equality")
+    assert Ledger(llama).apply(equality).undo(1, 0).entries[0].facts == [1, 2, 3]
+
+
+@pytest.mark.parametrize("wrong", [4, -1])
+def test_undoing_a_fact_that_is_not_there_names_what_is(llama, wrong):
+    ledger = Ledger(llama).apply(batch(llama, CITIES)).undo(1, 2)
+    with pytest.raises(UnknownName, match=f"has no fact {wrong} in force. In force: 0, 1, 3."):
+        ledger.undo(1, wrong)
+    with pytest.raises(UnknownName, match="has no fact 2 in force"):
+        ledger.undo(1, 2)
+
+
+def test_facts_undone_one_by_one_leave_nothing_and_a_folder_keeps_them(llama, tmp_path):
+    ledger = Ledger(llama).apply(make_change(llama, 1)).apply(batch(llama, CITIES)).undo(2, 1).undo(2, 3)
+    save_ledger(ledger, tmp_path / "m")
+    again = open_ledger(tmp_path / "m")
+    assert again.to_dict() == ledger.to_dict() == {k: read_log(tmp_path / "m")[k] for k in ("base", "changes")}
+    assert [r["fact"] for r in again.to_dict()["changes"][1]["removed"]] == [1, 3]
+    assert torch.equal(again.keys(NAME), ledger.keys(NAME))
+    last = again.undo(2, 0).undo(2, 2)
+    assert last.entries[1].status == "undone"
+    assert same(bits(last.model), bits(Ledger(llama).apply(make_change(llama, 1)).model))
 
 
 # In a folder.

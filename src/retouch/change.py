@@ -10,7 +10,7 @@ import json
 import math
 import platform
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from . import __version__, linalg, store
 from .errors import NoEffect, StoreError, WrongBase
+from .lanes import Factors, Lanes
 from .model import Model
 from .trace import Trace
 
@@ -127,6 +127,7 @@ class Change:
         settings: The method's settings.
         facts: What it is to achieve, as plain records.
         keys: For each weight the inputs whose output it sets, (inputs, n); for later solves that must keep them.
+        targets: For each weight what those keys' output was to gain, (outputs, n); what a re-solve starts from.
         notes: What the method wants known: contexts, traces, condition numbers.
         report: What was measured, once it was.
     """
@@ -137,6 +138,7 @@ class Change:
     settings: Mapping[str, Any] = field(default_factory=dict)
     facts: tuple[Mapping[str, Any], ...] = ()
     keys: Mapping[str, Tensor] = field(default_factory=dict)
+    targets: Mapping[str, Tensor] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
     report: Mapping[str, Any] = field(default_factory=dict)
 
@@ -315,36 +317,42 @@ def edited(model: Model, change: Change) -> Iterator[Model]:
 
 
 @contextmanager
-def side_by_side(model: Model, changes: Sequence[Change]) -> Iterator[None]:
-    """Run n changes of one model at once: rows come in n equal groups, and each group sees its own change.
+def side_by_side(model: Model, changes: Sequence[Change]) -> Iterator[Lanes]:
+    """Run n changes of one model at once: each row of a pass sees the change that it carries.
 
-    Equal to applying each change and running its group alone, at the price of one model: decoding is bound by reading
-    the weights, and these are read once for all.
+    Equal to applying each change and running its rows alone, at the price of one model: decoding is bound by reading
+    the weights, and these are read once for all. Rows come in n equal groups, in order, unless the `Lanes` are told
+    otherwise; a change that occurs several times in the list is kept once.
+
+    Example:
+        >>> with side_by_side(model, changes) as lanes, lanes.carrying([0, 0, 1]):  # doctest: +SKIP
+        ...     model.network(...)  # three rows: two of the first edited model, one of the second
     """
+    distinct = list({id(c): c for c in changes}.values())
+    lane = {id(c): i for i, c in enumerate(distinct)}
+    lanes = Lanes([lane[id(c)] for c in changes], model.device)
     with Trace(model) as trace:
-        for name in dict.fromkeys(n for c in changes for n in c.parts):
-            parts = [c.parts.get(name) for c in changes]
+        for name in dict.fromkeys(n for c in distinct for n in c.parts):
+            parts = {i: c.parts[name] for i, c in enumerate(distinct) if name in c.parts}
             if name.endswith(":bias"):
-                added = _stacked(parts)[:, :, 0].to(model.device)
-
-                def shift(out: Tensor, added: Tensor = added) -> Tensor:
-                    return (out.reshape(len(added), -1, out.shape[-1]) + added[:, None]).reshape(out.shape)
-
-                trace.edit(name.removesuffix(":bias"), shift)
-            elif all(isinstance(p, LowRank) for p in parts):
-                rank = max(p.rank for p in parts if p is not None)
-                low = [p for p in parts if isinstance(p, LowRank)]
-                left = torch.stack([functional.pad(p.left.float(), (0, rank - p.rank)) for p in low])
-                right = torch.stack([functional.pad(p.right.float(), (0, 0, 0, rank - p.rank)) for p in low])
-                trace.branch(name, left, right)
+                trace.edit(name.removesuffix(":bias"), _shift(parts, lanes, len(distinct), model.device))
             else:
-                trace.branch(name, _stacked(parts))
-        yield
+                trace.branches(name, {i: _factors(part) for i, part in parts.items()}, lanes)
+        yield lanes
 
 
-def _stacked(parts: Sequence[Part | None]) -> Tensor:
-    shape = next(p.shape for p in parts if p is not None)
-    return torch.stack([torch.zeros(shape) if p is None else p.delta().float() for p in parts])
+def _factors(part: Part) -> Factors:
+    return (part.left, part.right) if isinstance(part, LowRank) else (part.delta().float(), None)
+
+
+def _shift(parts: Mapping[int, Part], lanes: Lanes, n: int, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Return what adds to each row the bias of the change that it carries."""
+    some = next(iter(parts.values()))
+    stacked = torch.stack(
+        [parts[i].delta().float()[:, 0] if i in parts else torch.zeros(some.shape[0]) for i in range(n)]
+    )
+    stacked = stacked.to(device)
+    return lambda out: (out.reshape(lanes.n_rows, -1, out.shape[-1]) + stacked[lanes.index][:, None]).reshape(out.shape)
 
 
 def combine(changes: Iterable[Change]) -> Change:
@@ -358,17 +366,22 @@ def combine(changes: Iterable[Change]) -> Change:
         raise WrongBase("Only changes that were planned for one model can be combined.")
     parts: dict[str, Part] = {}
     keys: dict[str, Tensor] = {}
+    targets: dict[str, Tensor] = {}
     for change in every:
         for name, part in change.parts.items():
             parts[name] = _joined(parts[name], part) if name in parts else part
-        for name, key in change.keys.items():
-            keys[name] = torch.cat([keys[name], key], 1) if name in keys else key
+        for columns, more in ((keys, change.keys), (targets, change.targets)):
+            for name, column in more.items():
+                columns[name] = torch.cat([columns[name], column], 1) if name in columns else column
+    # where only some of the changes kept targets, nothing would say whose they are
+    targets = {n: t for n, t in targets.items() if n in keys and t.shape[1] == keys[n].shape[1]}
     return Change(
         "+".join(dict.fromkeys(c.method for c in every)),
         every[0].base,
         parts,
         facts=tuple(f for c in every for f in c.facts),
         keys=keys,
+        targets=targets,
         notes={"combined": [c.id for c in every]},
     )
 
@@ -382,7 +395,8 @@ def _joined(one: Part, two: Part) -> Part:
 def save(change: Change, path: str | Path) -> None:
     """Write a change as a folder: factors, a record for programs, a page for people; whole or not at all."""
     tensors = {f"{n}/{k}": t.float().contiguous() for n, p in change.parts.items() for k, t in p.tensors().items()}
-    tensors |= {f"{n}/keys": t.float().contiguous() for n, t in change.keys.items()}
+    for kind, columns in (("keys", change.keys), ("targets", change.targets)):
+        tensors |= {f"{n}/{kind}": t.float().contiguous() for n, t in columns.items()}
     record = {
         "format": FORMAT,
         "kind": "change",
@@ -410,8 +424,14 @@ def load(path: str | Path) -> Change:
     path = Path(path)
     store.check_folder(path)
     record = _record(path)
-    parts, keys = _parts(path, store.load_tensors(path / "change.safetensors"))
-    change = Change(**{n: record[n] for n in _RECORD}, parts=parts, keys=keys, facts=tuple(record["facts"]))
+    parts, columns = _parts(path, store.load_tensors(path / "change.safetensors"))
+    change = Change(
+        **{n: record[n] for n in _RECORD},
+        parts=parts,
+        facts=tuple(record["facts"]),
+        keys=columns["keys"],
+        targets=columns["targets"],
+    )
     if change.id != record.get("id"):
         raise StoreError(f"{path}: the content does not match its id {record.get('id')!r}. The record was altered.")
     return change
@@ -434,7 +454,7 @@ def _record(path: Path) -> dict[str, Any]:
     return record
 
 
-def _parts(path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Part], dict[str, Tensor]]:
+def _parts(path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Part], dict[str, dict[str, Tensor]]]:
     grouped: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         weight, _, kind = name.rpartition("/")
@@ -442,10 +462,10 @@ def _parts(path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Part], 
             raise StoreError(f"{path}: the tensor {name!r} of shape {tuple(tensor.shape)} does not belong in a change.")
         grouped.setdefault(weight, {})[kind] = tensor
     parts: dict[str, Part] = {}
-    keys = {}
+    columns: dict[str, dict[str, Tensor]] = {"keys": {}, "targets": {}}
     for weight, found in grouped.items():
-        if "keys" in found:
-            keys[weight] = found.pop("keys")
+        for kind in columns.keys() & found.keys():
+            columns[kind][weight] = found.pop(kind)
         if found.keys() == {"left", "right"} and found["left"].shape[1] == found["right"].shape[0]:
             parts[weight] = LowRank(found["left"], found["right"])
         elif found.keys() == {"difference"}:
@@ -454,7 +474,16 @@ def _parts(path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Part], 
             raise StoreError(
                 f"{path}: {weight} has the tensors {sorted(found)}; left and right, or difference, belong."
             )
-    return parts, keys
+        _check_columns(path, weight, parts[weight].shape, {k: c[weight] for k, c in columns.items() if weight in c})
+    return parts, columns
+
+
+def _check_columns(path: Path, weight: str, shape: tuple[int, int], columns: Mapping[str, Tensor]) -> None:
+    lengths = {"keys": shape[1], "targets": shape[0]}
+    for kind, tensor in columns.items():
+        if tensor.shape[0] != lengths[kind] or tensor.shape[1] != next(iter(columns.values())).shape[1]:
+            shapes = ", ".join(f"{k} {'x'.join(map(str, t.shape))}" for k, t in sorted(columns.items()))
+            raise StoreError(f"{path}: {weight} is {'x'.join(map(str, shape))}, to which {shapes} do not fit.")
 
 
 def _card(change: Change) -> str:

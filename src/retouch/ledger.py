@@ -1,4 +1,4 @@
-"""Which changes a model carries, in order; undo any one of them exactly.
+"""Which changes a model carries, in order; undo any one of them exactly, or one fact of it.
 
 The ledger keeps the unchanged value of every weight it ever touched and recomposes from there, so a weight depends
 only on the set of changes in force: undo is bit-exact, in any order.
@@ -7,11 +7,11 @@ only on the set of changes in force: undo is bit-exact, in any order.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,33 +19,17 @@ from torch import Tensor
 from . import change as changes
 from . import store
 from .change import Change
+from .compare import difference, survival
+from .entry import Entry, composed, load_entry
 from .errors import NoEffect, StoreError, UnknownName
 from .model import Model, open_model
+from .parting import bound_facts, columns_of, identities, without
 
-__all__ = ["Entry", "Ledger", "difference", "open_ledger", "read_log", "save_ledger", "survival"]
+__all__ = ["Entry", "Ledger", "Policy", "difference", "open_ledger", "read_log", "save_ledger", "survival"]
 
 FORMAT = 1
-
-
-@dataclass(frozen=True, eq=False)
-class Entry:
-    """One line of a ledger."""
-
-    number: int
-    change: Change
-    when: str
-    active: bool = True
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the line for programs."""
-        return {
-            "number": self.number,
-            "id": self.change.id,
-            "method": self.change.method,
-            "status": "active" if self.active else "undone",
-            "when": self.when,
-            "facts": [dict(f) for f in self.change.facts],
-        }
+Policy = Literal["replace", "stack"]
+"""What becomes of a fact that is edited again: taken out first, or left in the weights below the new one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,13 +51,92 @@ class Ledger:
         """The changes in force."""
         return [e.change for e in self.entries if e.active]
 
-    def keys(self, name: str) -> Tensor | None:
-        """Return the keys that active changes set at a weight, (inputs, n): a later solve must keep them."""
-        found = [c.keys[name] for c in self.active if name in c.keys]
-        return torch.cat(found, 1) if found else None
+    @property
+    def base(self) -> Model:
+        """The model without any change."""
+        return self._recomposed(self.originals, (), self.originals).model if self.active else self.model
 
-    def apply(self, change: Change, when: str | None = None) -> Ledger:
+    @property
+    def last(self) -> int:
+        """The largest number given so far."""
+        return max((e.number for e in self.entries), default=0)
+
+    def previous(self, number: int | None = None, *, below: int | None = None) -> dict[str, Tensor]:
+        """Return the keys that a plan has to keep, by weight, (inputs, p).
+
+        Stale keys are not among them: those of facts that were undone, or that a later fact supersedes.
+
+        Args:
+            number: As they were when this line came; by default as they are now.
+            below: Only those of lines before this one.
+        """
+        found: dict[str, list[Tensor]] = {}
+        for entry, facts in self._fresh(number):
+            if below is not None and entry.number >= below:
+                continue
+            columns = columns_of(entry.planned)
+            kept = [j for j, group in enumerate(columns or ()) if facts & set(group)]
+            for name, keys in entry.planned.keys.items():
+                found.setdefault(name, []).append(keys if columns is None else keys[:, kept])
+        return {name: torch.cat(keys, 1) for name, keys in found.items()}
+
+    def keys(self, name: str) -> Tensor | None:
+        """Return the keys that facts in force set at a weight, (inputs, n): a later solve must keep them."""
+        return self.previous().get(name)
+
+    def _fresh(self, number: int | None = None) -> list[tuple[Entry, set[int]]]:
+        """Facts in force that no later fact in force is about."""
+        at = self.last + 1 if number is None else number
+        taken: set[tuple[str, str, str]] = set()
+        found = []
+        for entry in sorted(self.entries, key=lambda e: -e.number):
+            held = [i for i in range(len(entry.planned.facts)) if entry.held(i, at)]
+            about = {i: identities(entry.planned.facts[i]) for i in held}
+            fresh = {i for i in held if not about[i] & taken}
+            taken.update(*about.values())
+            in_force = entry.number < at and (entry.until is None or entry.until >= at)
+            if fresh or (in_force and not entry.planned.facts):
+                found.append((entry, fresh))
+        return found[::-1]
+
+    def conflicts(self, facts: Iterable[Mapping[str, Any]]) -> dict[int, set[int]]:
+        """Find the facts in force that new facts supersede, by line: same subject, and same relation or template."""
+        about = set().union(*map(identities, facts))
+        found = {}
+        for entry in self.entries:
+            numbers = entry.facts if entry.active else []
+            if stale := {i for i in numbers if identities(entry.planned.facts[i]) & about}:
+                found[entry.number] = stale
+        return found
+
+    def supersede(self, facts: Iterable[Mapping[str, Any]]) -> tuple[Ledger, list[Mapping[str, Any]]]:
+        """Take out the facts in force that new facts are about, so that these can be planned without them.
+
+        Args:
+            facts: The new facts, as plain records.
+
+        Returns:
+            The ledger without them; and other facts that had to go too, because they shared one value with a stale one:
+            they belong into the new plan.
+        """
+        ledger, again = self, list[Mapping[str, Any]]()
+        for number, stale in self.conflicts(facts).items():
+            entry = ledger._entry(number)
+            local = {n: i for i, n in enumerate(entry.facts)}
+            gone = {entry.facts[j] for i in stale for j in bound_facts(entry.change, local[i])}
+            again += [entry.planned.facts[i] for i in sorted(gone - stale)]
+            ledger = ledger._without(entry, gone, "superseded")
+        return ledger, again
+
+    def apply(self, change: Change, when: str | None = None, policy: Policy | None = None) -> Ledger:
         """Add a change.
+
+        Args:
+            change: Planned on this ledger's model.
+            when: Time of the line; by default now.
+            policy: What becomes of facts in force that the change is about too. ``"stack"`` leaves them in the weights,
+                below the new ones; ``"replace"`` takes them out, for a change that was planned without them. By default
+                the change's own record of what it was planned without decides (``notes["supersedes"]``).
 
         Raises:
             WrongBase: It was planned for another model.
@@ -85,38 +148,93 @@ class Ledger:
             raise NoEffect(
                 f"Change {change.id} is in force already, as number {number}. Undo that first, or plan anew."
             )
+        planned_without = set(change.notes.get("supersedes", ()))
+        if policy == "replace" or (policy is None and planned_without):
+            stale = {n: self._entry(n).change.id for n in self.conflicts(change.facts)}
+            if policy == "replace" or set(stale.values()) <= planned_without:
+                return self.supersede(change.facts)[0].apply(change, when, "stack")
         originals = {n: changes._matrix(self.model, n).clone() for n in change.parts if n not in self.originals}
         stamp = when or datetime.now(UTC).isoformat(timespec="seconds")
-        entry = Entry(max((e.number for e in self.entries), default=0) + 1, change, stamp)
-        new = self._recomposed({**self.originals, **originals}, (*self.entries, entry), change)
+        seen = {n: _output(self.model, n, keys) for n, keys in change.keys.items()}
+        entry = Entry(self.last + 1, change, stamp, seen=seen)
+        new = self._recomposed({**self.originals, **originals}, (*self.entries, entry), change.parts)
         changes.prove_stored(self.model, new.model, change)
         return new
 
-    def undo(self, number: int) -> Ledger:
-        """Take one change out of force; all others stay bit for bit as if it had never been applied.
+    def undo(self, number: int, fact: int | None = None) -> Ledger:
+        """Take one change, or one fact of it, out of force.
+
+        All other changes stay bit for bit as if it had never been applied. The other facts of the same change stay as
+        planned in an equality write; in a least-squares one they are solved again from their keys and targets.
+
+        Args:
+            number: The change's number.
+            fact: The fact's number in the change, from 0; None takes out the whole change.
 
         Raises:
-            UnknownName: There is no active change of that number.
+            UnknownName: There is no active change, or no fact in force, of that number.
+            UserError: The fact shares its value with others, or the change keeps no targets.
         """
         found = [e for e in self.entries if e.number == number]
         if not found or not found[0].active:
-            why = "was undone already" if found else "does not exist"
+            why = f"was {found[0].status} already" if found else "does not exist"
             known = ", ".join(str(e.number) for e in self.entries if e.active) or "none"
             raise UnknownName(f"Change number {number} {why}. Active: {known}. See: retouch log")
-        entries = tuple(replace(e, active=False) if e.number == number else e for e in self.entries)
-        return self._recomposed(self.originals, entries, found[0].change)
+        if fact is not None and fact not in found[0].facts:
+            known = ", ".join(map(str, found[0].facts))
+            raise UnknownName(
+                f"Change number {number} has no fact {fact} in force. In force: {known}. See: retouch log"
+            )
+        return self._without(found[0], set(found[0].facts) if fact is None else {fact}, "undone")
 
-    def _recomposed(self, originals: Mapping[str, Tensor], entries: tuple[Entry, ...], touched: Change) -> Ledger:
-        active = [e.change for e in entries if e.active]
-        wanted = {n: originals[n] for n in touched.parts}
-        model = self.model.with_weights(changes.compose(self.model, wanted, active), self.model.base_fingerprint)
+    def _entry(self, number: int) -> Entry:
+        return next(e for e in self.entries if e.number == number)
+
+    def _without(self, entry: Entry, facts: Collection[int], status: str) -> Ledger:
+        if set(facts) >= set(entry.facts):
+            return self.replaced(replace(entry, status=status, until=self.last))
+        places = {n: i for i, n in enumerate(entry.facts)}
+        # from what was planned, so that the order of several removals leaves no trace, unless it was solved again since
+        source = entry.change if entry.change.notes.get("resolved") else entry.planned
+        gone = {places[i] for i in facts} if source is entry.change else {*facts, *entry.removed}
+        removed = {**entry.removed, **dict.fromkeys(facts, (status, self.last))}
+        return self.replaced(replace(entry, change=without(source, gone), removed=dict(sorted(removed.items()))))
+
+    def replaced(self, entry: Entry) -> Ledger:
+        """Return the ledger with another line of the same number."""
+        entries = tuple(entry if e.number == entry.number else e for e in self.entries)
+        return self._recomposed(self.originals, entries, entry.planned.parts)
+
+    def _recomposed(
+        self, originals: Mapping[str, Tensor], entries: tuple[Entry, ...], touched: Collection[str]
+    ) -> Ledger:
+        values = composed(self.model, {n: originals[n] for n in touched}, [e.change for e in entries if e.active])
+        model = self.model.with_weights(values, self.model.base_fingerprint)
         if model.fingerprint == model.base:
             model = replace(model, base=None)
         return Ledger(model, entries, originals)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the whole list for programs."""
-        return {"base": self.model.base_fingerprint, "changes": [e.to_dict() for e in self.entries]}
+        """Return the whole list for programs.
+
+        A change that a later one has been stacked on is ``superseded``, and ``in_force``; where that holds for some of
+        its facts only, ``stale`` lists their numbers.
+        """
+        fresh = {e.number: facts for e, facts in self._fresh()}
+        lines = []
+        for entry in self.entries:
+            line = entry.to_dict()
+            stale = [i for i in entry.facts if entry.active and i not in fresh.get(entry.number, set())]
+            if stale and len(stale) == len(entry.facts):
+                line |= {"status": "superseded", "in_force": True}
+            elif stale:
+                line["stale"] = stale
+            lines.append(line)
+        return {"base": self.model.base_fingerprint, "changes": lines}
+
+
+def _output(model: Model, name: str, keys: Tensor) -> Tensor:
+    return (changes._matrix(model, name).double().cpu() @ keys.double()).float()
 
 
 def save_ledger(
@@ -148,8 +266,11 @@ def save_ledger(
         (folder / "README.md").write_text(_card(ledger), encoding="utf-8")
         (folder / "ledger").mkdir()
         store.save_tensors(folder / "ledger" / "originals.safetensors", dict(ledger.originals))
+        outputs = {f"{e.number}/{n}": t for e in ledger.entries for n, t in e.seen.items()}
+        store.save_tensors(folder / "ledger" / "outputs.safetensors", outputs)
         for entry in ledger.entries:
-            changes.save(entry.change, folder / "ledger" / f"{entry.number:04d}-{entry.change.id}")
+            for change in {c.id: c for c in (entry.change, entry.planned)}.values():
+                changes.save(change, folder / "ledger" / f"{entry.number:04d}-{change.id}")
 
 
 def open_ledger(source: str | Path) -> Ledger:
@@ -166,13 +287,14 @@ def open_ledger(source: str | Path) -> Ledger:
     originals = store.load_tensors(path / "ledger" / "originals.safetensors")
     try:
         kind = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[record["dtype"]]
-        entries = tuple(_entry(path / "ledger", line) for line in record["changes"])
+        seen = _seen(path / "ledger" / "outputs.safetensors")
+        entries = tuple(load_entry(path / "ledger", line, seen) for line in record["changes"])
     except (KeyError, TypeError, ValueError) as error:
         raise StoreError(f"{path}: retouch.json is no record of a changed model ({error!r}).") from error
     ledger = Ledger(model, entries, originals)
-    if odd := originals.keys() ^ {n for e in entries for n in e.change.parts}:
+    if odd := originals.keys() ^ {n for e in entries for n in e.planned.parts}:
         raise StoreError(f"{path}: the originals do not fit the changes at {min(odd)}. The record was altered.")
-    values = changes.compose(model, originals, ledger.active)
+    values = composed(model, originals, ledger.active)
     exact = True
     for name, value in values.items():
         stored = model.network.get_parameter(name)
@@ -185,9 +307,12 @@ def open_ledger(source: str | Path) -> Ledger:
     return ledger
 
 
-def _entry(folder: Path, line: Mapping[str, Any]) -> Entry:
-    change = changes.load(folder / f"{line['number']:04d}-{line['id']}")
-    return Entry(line["number"], change, line["when"], line["status"] == "active")
+def _seen(path: Path) -> dict[int, dict[str, Tensor]]:
+    found: dict[int, dict[str, Tensor]] = {}
+    for key, value in (store.load_tensors(path) if path.is_file() else {}).items():
+        number, _, name = key.partition("/")
+        found.setdefault(int(number), {})[name] = value
+    return found
 
 
 def read_log(path: Path) -> dict[str, Any]:
@@ -211,66 +336,6 @@ def read_log(path: Path) -> dict[str, Any]:
     return {"base": record["base"], "changes": record["changes"]}
 
 
-def survival(ledger: Ledger, dtype: str | None = None, *, accept_loss: bool = False) -> dict[str, float]:
-    """Measure how much of the active changes a file type swallows.
-
-    Args:
-        ledger: The model and its changes.
-        dtype: Type of the stored weights; by default the file type the model came in.
-        accept_loss: Return the loss instead of refusing it.
-
-    Returns:
-        For each changed weight ‖cast(W) - W‖ / ‖W - W0‖; empty for float32, which loses nothing.
-
-    Raises:
-        NoEffect: More than one percent of a change would be lost.
-        StoreError: There is no such type.
-    """
-    dtype = dtype or ledger.model.file_dtype
-    if dtype not in ("float32", ledger.model.file_dtype):
-        own = dict.fromkeys(["float32", ledger.model.file_dtype])
-        raise StoreError(
-            f"This model's weights can be stored as {' or '.join(own)}; got {dtype!r}, which would round every weight and "
-            "not only the changed ones."
-        )
-    if dtype == "float32":
-        return {}
-    touched = {n for c in ledger.active for n in c.parts}
-    lost = changes.cast_error(ledger.model, {n: ledger.originals[n] for n in touched}, dtype)
-    if (
-        (worst := max(lost, key=lambda n: lost[n], default=None))
-        and lost[worst] > changes.TOLERANCE
-        and not accept_loss
-    ):
-        raise NoEffect(
-            f"Stored as {dtype}, {worst} would lose {lost[worst]:.0%} of its change. Store float32 (--dtype float32), keep "
-            "the change beside the model (retouch ask --change, or as a LoRA adapter), or accept it (--accept-loss)."
-        )
-    return lost
-
-
-def difference(one: Model, two: Model) -> list[dict[str, Any]]:
-    """List the weights in which two models differ, largest share first.
-
-    Raises:
-        UnknownName: The models are not of one shape.
-    """
-    first = dict(one.network.named_parameters())
-    second = dict(two.network.named_parameters())
-    if {n: p.shape for n, p in first.items()} != {n: p.shape for n, p in second.items()}:
-        raise UnknownName(f"{one.source} and {two.source} are not of one shape, so their weights cannot be compared.")
-    rows = []
-    for name, old in first.items():
-        new = second[name]
-        if torch.equal(old, new):
-            continue
-        delta = (new - old).double()
-        size = float(delta.norm())
-        share = size / float(old.double().norm()) if old.any() else float("inf")
-        rows.append({"weight": name, "frobenius": size, "share": share, "largest": float(delta.abs().max())})
-    return sorted(rows, key=lambda r: -float(r["share"]))
-
-
 def _card(ledger: Ledger) -> str:
     lines = [
         f"# {Path(ledger.model.source).name}, changed with Retouch",
@@ -281,7 +346,6 @@ def _card(ledger: Ledger) -> str:
         "| number | id | method | facts | status |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for e in ledger.entries:
-        status = "active" if e.active else "undone"
-        lines.append(f"| {e.number} | {e.change.id} | {e.change.method} | {len(e.change.facts)} | {status} |")
+    for e in ledger.to_dict()["changes"]:
+        lines.append(f"| {e['number']} | {e['id']} | {e['method']} | {len(e['facts'])} | {e['status']} |")
     return "\n".join([*lines, ""])

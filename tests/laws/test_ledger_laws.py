@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from retouch.change import Change, Dense, LowRank
 from retouch.ledger import Ledger
+from retouch.linalg import Identity, solve
 from retouch.model import wrap
 
 N_CHANGES = 3
@@ -32,6 +33,15 @@ def _change(model, number):
     return Change("test", model.base_fingerprint, parts, settings={"seed": number})
 
 
+def _sum(parts):
+    """Differences of one weight, in the order of the changes: low-rank ones as one product, then whole ones."""
+    low = [p for p in parts if isinstance(p, LowRank)]
+    whole = [p.difference.double() for p in parts if not isinstance(p, LowRank)]
+    if not low:
+        return whole
+    return [torch.cat([p.left for p in low], 1).double() @ torch.cat([p.right for p in low]).double(), *whole]
+
+
 class World:
     """A base model, its changes, and every ledger that was reached so far: ledgers never change, so they are shared."""
 
@@ -51,13 +61,11 @@ class World:
 
     def _direct(self, in_force):
         """The obvious arithmetic: the base in float64 plus every difference, then one cast."""
+        ordered = sorted((self.changes[i] for i in in_force), key=lambda c: c.id)
         weights = {name: self.base.matrix(name).double() for name in NAMES}
-        for change in sorted((self.changes[i] for i in in_force), key=lambda c: c.id):
-            for name, part in change.parts.items():
-                low = isinstance(part, LowRank)
-                weights[name] = weights[name] + (
-                    part.left.double() @ part.right.double() if low else part.difference.double()
-                )
+        for name in NAMES:
+            for delta in _sum([c.parts[name] for c in ordered if name in c.parts]):
+                weights[name] = weights[name] + delta
         return {name: weight.float() for name, weight in weights.items()}
 
 
@@ -66,7 +74,7 @@ def worlds(tiny):
     return {family: World(*tiny(family, n_blocks=1)) for family in ("llama", "gpt2")}
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(family=st.sampled_from(["llama", "gpt2"]), moves=st.lists(st.integers(0, N_CHANGES - 1), max_size=5))
 @example(family="llama", moves=[0, 1, 2, 0, 1, 2, 2, 1, 0])
 @example(family="gpt2", moves=[2, 1, 0, 1, 1, 2, 0, 1])
@@ -98,3 +106,42 @@ def test_every_order_of_application_gives_the_same_bits(worlds):
     for world in worlds.values():
         prints = {world.after(order).model.fingerprint for order in permutations(range(N_CHANGES))}
         assert len(prints) == 1
+
+
+FACTS = 3
+WRITES = ("least_squares", "equality")
+
+
+def _batch(model, mode, seed):
+    make = torch.Generator().manual_seed(seed)
+    out, into = model.anatomy.shape(NAMES[0])
+    keys, targets = torch.randn(into, FACTS, generator=make), torch.randn(out, FACTS, generator=make)
+    solved = solve(keys, targets, Identity(3.0), mode=mode)
+    facts = tuple({"prompt": "The capital of {} is", "subject": f"{mode} {i}", "target": "x"} for i in range(FACTS))
+    part = LowRank(solved.left.float(), solved.right.float())
+    return Change(
+        mode, model.base_fingerprint, {NAMES[0]: part}, facts=facts, keys={NAMES[0]: keys}, targets={NAMES[0]: targets}
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data(), family=st.sampled_from(["llama", "gpt2"]))
+def test_facts_taken_out_in_any_order_leave_the_same_bits(worlds, data, family):
+    base = worlds[family].base
+    batches = [_batch(base, mode, n) for n, mode in enumerate(WRITES)]
+    gone = data.draw(st.sets(st.tuples(st.sampled_from([1, 2]), st.integers(0, FACTS - 1))))
+    results = []
+    for _ in range(2):
+        ledger = functools.reduce(Ledger.apply, batches, Ledger(base))
+        for number, fact in data.draw(st.permutations(sorted(gone))):
+            ledger = ledger.undo(number, fact)
+        results.append(ledger)
+    one, two = results
+    assert one.model.fingerprint == two.model.fingerprint
+    keys = one.keys(NAMES[0])
+    assert (0 if keys is None else keys.shape[1]) == len(WRITES) * FACTS - len(gone)
+    assert (one.model.fingerprint == base.fingerprint) == (len(gone) == len(WRITES) * FACTS)
+    for number in (1, 2):
+        if one.entries[number - 1].active:
+            one = one.undo(number)
+    assert one.model.fingerprint == base.fingerprint and one.model.base is None

@@ -28,18 +28,29 @@ def apply(
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the new model.")],
     dtype: Annotated[str | None, typer.Option(help="Type of the stored weights: float32, bfloat16, float16.")] = None,
     accept_loss: Annotated[bool, typer.Option(help="Store even if the type swallows part of the change.")] = False,
+    superseded: Annotated[
+        str | None,
+        typer.Option(
+            help="Facts in force that the change is about too: replace (it was planned without them) or stack (with "
+            "them); by default as its own record says."
+        ),
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Write a new model folder that carries a change; any Hugging Face loader opens it."""
     from ..change import load
     from ..edit.api import check_effect
     from ..edit.facts import Fact
+    from ..errors import UserError
     from ..ledger import open_ledger, save_ledger, survival
 
+    if superseded not in (None, "replace", "stack"):
+        raise UserError(f"--superseded is replace or stack; got {superseded!r}.")
+    policy: Any = superseded
     planned = load(change)
     with _show.progress():
         before = open_ledger(model)
-        after = before.apply(planned)
+        after = before.apply(planned, policy=policy)
         if planned.facts:
             check_effect(before.model, after.model, [Fact.from_dict(f) for f in planned.facts])
         lost = survival(after, dtype, accept_loss=accept_loss)
@@ -59,25 +70,38 @@ def apply(
 def undo(
     model: FolderArgument,
     number: Annotated[int, typer.Argument(help="Number of the change in the log.")],
+    fact: Annotated[
+        int | None, typer.Option(help="Only this fact of the change, counted from 0: retouch log --facts.")
+    ] = None,
+    resolve: Annotated[
+        bool, typer.Option("--resolve", help="Solve the later changes again from their keys and targets.")
+    ] = False,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="A new folder; by default in place.")] = None,
     json_: Json = False,
 ) -> None:
-    """Take one change out of a model, bit for bit, in any order."""
+    """Take one change, or one fact of it, out of a model, bit for bit, in any order."""
     from ..ledger import open_ledger, save_ledger
 
     with _show.progress():
-        ledger = open_ledger(str(model)).undo(number)
+        ledger = open_ledger(str(model)).undo(number, fact)
+        if resolve:
+            from ..edit.resolve import resolve as solve_again
+
+            ledger = solve_again(ledger, after=number if fact is None else number - 1)
         save_ledger(ledger, out or model)
     if json_:
         _show.emit({"model": str(out or model), **ledger.to_dict()})
         return
     is_base = "; the weights are the unchanged model's again, bit for bit" if not ledger.active else ""
-    _show.console().print(
-        f"Change {number} is out of {out or model}; {len(ledger.active)} stay{is_base}.", markup=False
-    )
+    what = f"Change {number}" if fact is None else f"Fact {fact} of change {number}"
+    _show.console().print(f"{what} is out of {out or model}; {len(ledger.active)} stay{is_base}.", markup=False)
 
 
-def log(model: FolderArgument, json_: Json = False) -> None:
+def log(
+    model: FolderArgument,
+    facts: Annotated[bool, typer.Option("--facts", help="A line for each fact.")] = False,
+    json_: Json = False,
+) -> None:
     """List the changes that a model carries."""
     from ..ledger import read_log
 
@@ -85,10 +109,37 @@ def log(model: FolderArgument, json_: Json = False) -> None:
     if json_:
         _show.emit(record)
         return
-    rows = [[c["number"], c["id"], c["method"], len(c["facts"]), c["status"], c["when"]] for c in record["changes"]]
-    _show.table(f"Changes of {model}", ["number", "id", "method", "facts", "status", "when"], rows)
+    rows: list[list[Any]]
+    if facts:
+        columns = ["change", "fact", "prompt", "new answer", "status"]
+        rows = [[c["number"], *row] for c in record["changes"] for row in _facts(c)]
+    else:
+        columns = ["number", "id", "method", "facts", "status", "when"]
+        rows = [[c["number"], c["id"], c["method"], _count(c), _status(c), c["when"]] for c in record["changes"]]
+    _show.table(f"Changes of {model}", columns, rows)
     if not rows:
         _show.console().print("No changes.")
+
+
+def _status(line: Any) -> str:
+    return f"{line['status']}, below a later one" if line.get("in_force") else str(line["status"])
+
+
+def _count(line: Any) -> str:
+    gone = len(line.get("removed", ()))
+    return f"{len(line['facts'])} of {len(line['facts']) + gone}" if gone else str(len(line["facts"]))
+
+
+def _facts(line: Any) -> list[list[Any]]:
+    """Rows of a change's facts by their number: those in force, and those taken out one by one."""
+    removed = {r["fact"]: r for r in line.get("removed", ())}
+    rest = iter(line["facts"])
+    rows = []
+    for i in range(len(line["facts"]) + len(removed)):
+        fact = removed.get(i) or next(rest)
+        status = fact["status"] if i in removed else "superseded" if i in line.get("stale", ()) else _status(line)
+        rows.append([i, _filled(fact), fact.get("target"), status])
+    return rows
 
 
 def show(change: Annotated[Path, typer.Argument(help="A saved change.")], json_: Json = False) -> None:

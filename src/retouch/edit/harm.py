@@ -14,7 +14,8 @@ from ..model import Model
 from ..progress import report
 from ..stats import bundled_text
 from ..tokens import Text
-from .facts import Fact, protected
+from .constraints import for_facts
+from .facts import Fact
 
 __all__ = ["Bystanders", "Harm", "bystanders", "measure_harm"]
 
@@ -27,8 +28,9 @@ class Bystanders:
     """Prompts that an edit must leave alone, and what a model says on them.
 
     Attributes:
-        prompts: By group: ``neighbours`` (of the facts), ``same subject`` (other relations), ``protected`` (held out,
-            from the package). The first and the last are certified; a fact's own subject is reported beside.
+        prompts: By group: ``neighbours`` (of the facts), ``same subject`` (other relations), ``protected`` (constraint
+            prompts of the half that no method sees while it plans; see `retouch.edit.constraints`). The first and the
+            last are certified; a fact's own subject is reported beside.
         logp: log P of the next token, by group, (prompts, vocabulary).
         neutral: NLL of each piece of neutral text, nats a token.
     """
@@ -78,14 +80,20 @@ class Harm:
         }
 
 
-def bystanders(model: Model, facts: Sequence[Fact], n_tokens: int = 2048) -> Bystanders:
-    """Ask the unedited model what an edit of these facts must not change."""
+def bystanders(model: Model, facts: Sequence[Fact], n_tokens: int = 2048, n_protected: int = 320) -> Bystanders:
+    """Ask the unedited model what an edit of these facts must not change.
+
+    Args:
+        model: The unedited model.
+        facts: What is edited.
+        n_tokens: Tokens of neutral text.
+        n_protected: Most protected prompts.
+    """
     edited = {f.filled.strip() for f in facts} | {p.strip() for f in facts for p in f.paraphrases}
-    named = {f.subject.casefold() for f in facts if f.subject}
     groups = {
         "neighbours": [p.prompt for f in facts for p in f.neighbors],
         "same subject": [p.prompt for f in facts for p in f.related],
-        "protected": [p.prompt for p in protected() if not any(s in p.prompt.casefold() for s in named)],
+        "protected": [c.prompt for c in for_facts(facts, n=n_protected, half="certify")],
     }
     groups = {g: [p for p in dict.fromkeys(ps) if p.strip() not in edited] for g, ps in groups.items()}
     groups = {g: ps for g, ps in groups.items() if ps}

@@ -24,6 +24,36 @@ def test_the_methods_are_the_files_that_define_one():
     assert not {"base", "facts", "value", "spread", "contexts"} & set(METHODS)
 
 
+def test_a_method_may_derive_from_a_method(monkeypatch, tmp_path):
+    assert {"alphaedit", "emmet", "memit_merge", "r_rome", "rose"} <= set(METHODS)
+    for name, text in {
+        "base": "class EditMethod: ...\nclass Shared(EditMethod): ...",
+        "one": 'from .base import EditMethod\nclass One(EditMethod):\n    """Do it.\n\n    Source: here, 1\n    """',
+        "three": 'class Three(Two):\n    """Do it in the third way."""',
+        "two": 'class Two(One):\n    """Do it otherwise."""',
+        "other": "class Other: ...\nclass Odd(Unknown): ...",
+        "_hidden": "class Hidden(One): ...",
+    }.items():
+        (tmp_path / "edit").mkdir(exist_ok=True)
+        (tmp_path / "edit" / f"{name}.py").write_text(text)
+    monkeypatch.setattr(registry, "__file__", str(tmp_path / "registry.py"))
+    found = registry.methods.__wrapped__("edit")
+    assert [(e.name, e.class_name, e.summary) for e in found if e.name != "base"] == [
+        ("one", "One", "Do it."),
+        ("three", "Three", "Do it in the third way."),
+        ("two", "Two", "Do it otherwise."),
+    ]
+    assert found[1].source == "here, 1"
+
+
+@pytest.mark.parametrize(("name", "parent"), [("memit_merge", "memit"), ("r_rome", "rome")])
+def test_a_variant_has_its_own_name_and_its_parents_settings(name, parent):
+    variant, above = registry.load("edit", name), registry.load("edit", parent)
+    assert issubclass(variant, above) and variant().name == name and above().name == parent
+    assert {f.name for f in fields_of(above)} <= {f.name for f in fields_of(variant)}
+    assert registry.find("edit", name).source != registry.find("edit", parent).source
+
+
 def test_listing_loads_no_torch():
     code = (
         "import sys; from retouch import registry; assert len(registry.methods('edit')) >= 4; "

@@ -18,7 +18,7 @@ from .settings import with_settings
 
 __all__ = ["BASES", "Entry", "find", "load", "make", "methods"]
 
-BASES = {"edit": ("EditMethod", "ValueEditMethod")}
+BASES = {"edit": ("EditMethod", "ValueEditMethod", "RankOneMethod", "SpreadMethod")}
 """The base classes of each verb's methods."""
 
 
@@ -48,15 +48,22 @@ def methods(verb: str) -> tuple[Entry, ...]:
     """
     if verb not in BASES:
         raise unknown("verb", verb, BASES)
-    folder = Path(__file__).parent / verb
+    classes = [
+        (path, node)
+        for path in sorted((Path(__file__).parent / verb).glob("[!_]*.py"))
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef) and node.name not in BASES[verb]
+    ]
+    bases = {node.name: {ast.unparse(b) for b in node.bases} for _, node in classes}
+
+    def above(name: str) -> set[str]:
+        return bases.get(name, set()).union(*(above(b) for b in bases.get(name, ())))
+
     entries = []
-    for path in sorted(folder.glob("[!_]*.py")):
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            if not isinstance(node, ast.ClassDef) or node.name in BASES[verb]:
-                continue
-            if any(ast.unparse(b) in BASES[verb] for b in node.bases):
-                doc = ast.get_docstring(node) or ""
-                entries.append(Entry(verb, path.stem, node.name, " ".join(doc.split("\n\n")[0].split()), doc))
+    for path, node in classes:
+        if above(node.name) & set(BASES[verb]):  # a method may also be a method's variant
+            doc = ast.get_docstring(node) or ""
+            entries.append(Entry(verb, path.stem, node.name, " ".join(doc.split("\n\n")[0].split()), doc))
     return tuple(entries)
 
 

@@ -135,7 +135,7 @@ def test_facts_planned_together_all_become_likelier(open_tiny, name):
     new = changes.apply(model, change)
     assert len(change.facts) == 3
     assert sum(nll(new, f) for f in facts) < sum(nll(model, f) for f in facts)
-    for fact, alone in zip(facts, method.plan_each(model, facts), strict=True):
+    for fact, alone in zip(facts, method.plan_each(model, [[f] for f in facts]), strict=True):
         assert [Fact.from_dict(f) for f in alone.facts] == [fact]
         assert nll(changes.apply(model, alone), fact) < nll(model, fact)
 

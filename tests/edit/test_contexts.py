@@ -52,6 +52,38 @@ def test_a_list_of_ones_own_is_set_apart_by_a_space(model):
     assert sum(c.weight for c in contexts) == pytest.approx(1)
 
 
+def test_instruction_asks_in_four_ways_and_in_the_tokenizers_own(model):
+    contexts = contexts_for(model, "instruction", 0)
+    texts = [c.text for c in contexts]
+    assert texts[:5] == ["", "Answer the question: ", "User: ", "Complete the sentence: ", "Question: "]
+    assert texts[5:] == (["user: "] if model.tokenizer.chat_template else [])
+    assert [c.weight for c in contexts] == pytest.approx([1 / len(texts)] * len(texts))
+
+
+def test_a_chat_header_does_not_repeat_the_beginning_of_text(tiny):
+    network, tokenizer = tiny("gemma2")
+    tokenizer.chat_template = "{{ bos_token }}<turn>{{ messages[0]['content'] }}</turn>"
+    assert contexts_for(wrap(network, tokenizer), "instruction", 0)[-1].text == "<turn>"
+
+
+def test_both_is_half_memit_and_half_instruction(model):
+    memit, asked = contexts_for(model, "memit", 3), contexts_for(model, "instruction", 3)[1:]
+    both = contexts_for(model, "both", 3)
+    assert [c.text for c in both] == [c.text for c in (*memit, *asked)]
+    assert [c.weight for c in both[:6]] == pytest.approx([c.weight / 2 for c in memit])
+    assert [c.weight for c in both[6:]] == pytest.approx([0.5 / len(asked)] * len(asked))
+
+
+def test_what_is_drawn_once_stays_as_it_was_drawn(model):
+    first = contexts_for(model, "memit", 7)
+    first.clear()
+    assert len(contexts_for(model, "memit", 7)) == 6
+    assert (
+        contexts_for(model, "memit", 7)[1].text
+        == f"{sample(model, ['The', 'Therefore', 'Because', 'I', 'You'], 10, 7)[0]}. "
+    )
+
+
 @pytest.mark.parametrize("kind", ["memit", "rome"])
 def test_the_seed_alone_decides_the_texts(model, kind):
     assert contexts_for(model, kind, 3) == contexts_for(model, kind, 3)

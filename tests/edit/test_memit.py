@@ -5,15 +5,18 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import spread_oracle as oracle
 import torch
 import transformers
 
-from retouch import stats
+from retouch import linalg, stats
 from retouch.anatomy import describe
 from retouch.edit.contexts import Context
 from retouch.edit.facts import Fact
 from retouch.edit.memit import Memit
-from retouch.edit.value import optimise, problems
+from retouch.edit.rows import problems
+from retouch.edit.spread import spread
+from retouch.edit.value import optimise
 from retouch.errors import FactError, SettingsError
 from retouch.model import wrap
 
@@ -147,13 +150,13 @@ def test_facts_that_share_a_key_share_the_write(llama):
 
 def test_together_and_each_are_one_for_a_lone_fact(llama):
     method = Memit(blocks=(1, 2), **QUICK)
-    (each,) = method.plan_each(llama, FACTS[:1])
+    (each,) = method.plan_each(llama, [FACTS[:1]])
     assert method.plan(llama, FACTS[:1]).id == each.id
 
 
 def test_each_fact_alone_has_its_own_write_of_rank_one(llama):
     method = Memit(blocks=(1, 2), **QUICK)
-    for fact, change in zip(FACTS, method.plan_each(llama, FACTS), strict=True):
+    for fact, change in zip(FACTS, method.plan_each(llama, [[f] for f in FACTS]), strict=True):
         alone = method.plan(llama, [fact])
         for name, part in change.parts.items():
             assert part.rank == 1
@@ -184,7 +187,7 @@ def test_blocks_must_ascend_within_the_model(llama, blocks):
     ],
 )
 def test_the_default_blocks_are_the_published_depth(config, blocks):
-    assert Memit()._blocks(SimpleNamespace(anatomy=describe(config))) == blocks
+    assert Memit().blocks_of(SimpleNamespace(anatomy=describe(config))) == blocks
 
 
 def test_faithful_takes_the_published_weight():
@@ -196,3 +199,45 @@ def test_faithful_takes_the_published_weight():
 def test_a_fact_without_a_subject_is_refused(llama):
     with pytest.raises(FactError, match="has no subject"):
         Memit(**QUICK).plan(llama, [*FACTS, Fact("The currency of Japan is the", "", "franc")])
+
+
+# Earlier keys, and facts that share one.
+
+
+def test_earlier_keys_stand_beside_the_new_ones(llama):
+    method = Memit(blocks=(0, 2), **QUICK)
+    earlier = {down(b): torch.randn(64, 4, generator=torch.Generator().manual_seed(b)) for b in (0, 2)}
+    found = oracle.found_for(llama, FACTS)
+    z = torch.stack([v.target for v in optimise(llama, found, 2, "residual", method)])
+
+    def formula(block, k, r):
+        kept = earlier[down(block)].double()
+        return r @ k.T @ torch.linalg.inv(64 * covariance(llama, down(block)) + k @ k.T + kept @ kept.T)
+
+    wanted = oracle.slow(llama, found, [[0], [1], [2]], z, (0, 2), formula)
+    for name, part in method.plan(llama, FACTS, previous=earlier).parts.items():
+        oracle.close(part.delta(), wanted[name])
+
+
+def test_a_change_of_one_weight_keeps_earlier_keys_of_that_weight_only(llama):
+    method = Memit(blocks=(1, 2), **QUICK)
+    earlier = {down(2): torch.randn(64, 4, generator=torch.Generator().manual_seed(0))}
+    free, kept = method.plan(llama, FACTS), method.plan(llama, FACTS, previous=earlier)
+    assert torch.equal(free.parts[down(1)].right, kept.parts[down(1)].right)
+    assert not torch.equal(free.parts[down(2)].right, kept.parts[down(2)].right)
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_n_facts_of_one_key_deliver_one_nth_of_orthogonal_residuals(llama, n):
+    facts = oracle.SAME[:n]
+    found = oracle.found_for(llama, facts, ("",))
+    state = oracle.mean_state(llama, found, [0], 2)
+    wanted = torch.linalg.qr(torch.randn(32, n, generator=torch.Generator().manual_seed(0)).double()).Q
+
+    def solve(name, k, r):
+        return linalg.solve(k, r, linalg.Identity(1e-8), mode="least_squares")
+
+    done = spread(llama, found, [[i] for i in range(n)], state + wanted.T, [2], solve)
+    heard = done.parts[down(2)].delta() @ done.keys[down(2)][:, 0].double()
+    assert (wanted.T @ heard).tolist() == pytest.approx([1 / n] * n, rel=1e-4)
+    assert done.notes[0]["delivered"] == pytest.approx([1 / n] * n, rel=1e-4)

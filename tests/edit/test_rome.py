@@ -14,7 +14,8 @@ from retouch.anatomy import describe
 from retouch.edit.contexts import Context, contexts_for
 from retouch.edit.facts import Fact
 from retouch.edit.rome import Rome
-from retouch.edit.value import optimise, problems
+from retouch.edit.rows import problems
+from retouch.edit.value import optimise
 from retouch.errors import FactError, SettingsError
 from retouch.model import wrap
 from retouch.progress import listen
@@ -147,7 +148,7 @@ def test_several_facts_are_written_one_after_another(llama):
 
 def test_each_fact_alone_is_planned_as_if_the_other_did_not_exist(llama):
     method = Rome(**QUICK)
-    for fact, change in zip((FACT, OTHER), method.plan_each(llama, [FACT, OTHER]), strict=True):
+    for fact, change in zip((FACT, OTHER), method.plan_each(llama, [[FACT], [OTHER]]), strict=True):
         alone = method.plan(llama, [fact]).parts[NAME]
         assert torch.allclose(change.parts[NAME].delta(), alone.delta(), atol=1e-3 * float(alone.delta().norm()))
 
@@ -192,7 +193,7 @@ def test_a_block_that_the_model_lacks_is_refused(llama):
     ],
 )
 def test_the_default_block_is_near_the_published_one(config, block):
-    assert Rome()._block(SimpleNamespace(anatomy=describe(config))) == block
+    assert Rome().block_of(SimpleNamespace(anatomy=describe(config))) == block
 
 
 def test_faithful_takes_the_published_row_but_not_over_a_setting_of_ones_own():

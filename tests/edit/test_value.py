@@ -10,12 +10,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from retouch.edit._search import divergence
 from retouch.edit.contexts import Context
 from retouch.edit.facts import Fact
 from retouch.edit.rome import Rome
-from retouch.edit.value import _chunks, _Live, _Search, divergence, optimise, problems
+from retouch.edit.rows import problems
+from retouch.edit.value import Aim, Bystander, Search, Start, _chunks, optimise
 from retouch.errors import FactError, ModelError
 from retouch.model import wrap
+from retouch.tokens import Text, encode
+from retouch.trace import Suffix
 
 FACTS = [
     Fact("The capital of {} is", "France", "Lyon"),
@@ -78,8 +82,8 @@ class Slow:
 
     def _kl_row(self, delta):
         row = self.problem.kl
-        at = len(row.ids) - 1 if self.method.kl_position == "last" else row.subject
-        return self._logp(row.ids, row.subject, delta)[at]
+        at = len(row.ids) - 1 if self.method.kl_position == "last" else self.problem.kl_at
+        return self._logp(row.ids, self.problem.kl_at, delta)[at]
 
     def _targets(self, delta):
         """Log-probabilities at every target token, and the token, for every row."""
@@ -178,10 +182,10 @@ def test_the_gradient_is_the_finite_differences(open_tiny, form):
     model = open_tiny("gpt2")  # llama's norms compute in float32 even in a float64 network
     method = Rome(kl_factor=1.0, weight_decay_form=form)
     found = find(model)[:2]
-    search = _Search(model, found, 1, "down", method)
+    search = Search(model, found, 1, "down", method)
     make = torch.Generator().manual_seed(0)
     delta = (0.3 * torch.randn(2, 32, generator=make)).requires_grad_(True)
-    nll, kl, _ = _Live(search, torch.ones(2, dtype=torch.bool)).terms(delta)
+    nll, kl, *_ = search.terms(delta)
     (gradient,) = torch.autograd.grad((nll + method.kl_factor * kl).sum(), delta)
     still = Rome(kl_factor=1.0, weight_decay=0.0)
     for i, problem in enumerate(found):
@@ -302,12 +306,225 @@ def test_a_search_leaves_no_hook_and_no_gradient(llama):
 
 def test_chunks_hold_every_fact_once_and_a_small_budget_changes_nothing(llama, monkeypatch):
     found = find(llama)
-    assert [p for chunk in _chunks(llama, found, 1, 0) for p in chunk] == found
-    assert len(_chunks(llama, found, 1, 0)) == 4 and len(_chunks(llama, found, 1, 512)) == 1
+    own, order = [[i] for i in range(4)], [2, 0, 3, 1]
+    assert [g for chunk in _chunks(llama, found, own, order, 1, 0, ()) for g in chunk] == order
+    assert len(_chunks(llama, found, own, order, 1, 0, ())) == 4
+    assert len(_chunks(llama, found, own, order, 1, 512, ())) == 1
     together = optimise(llama, found, 1, "down", Rome(n_steps=3))
-    monkeypatch.setattr("retouch.edit.value._chunks", lambda model, found, block, budget: [[p] for p in found])
+    monkeypatch.setattr("retouch.edit.value._chunks", lambda *_: [[g] for g in order])
     for one, two in zip(together, optimise(llama, found, 1, "down", Rome(n_steps=3))):
         assert one.losses == pytest.approx(two.losses, abs=1e-4)
+
+
+# One value for several facts.
+
+
+SAME = [
+    Fact("The capital of {} is", "France", "Lyon"),
+    Fact("The capital of {} was", "France", "the port"),  # shares its rows up to the subject with the first
+    Fact("Everybody in {} speaks", "France", "Dutch"),
+]
+
+
+class SlowGroup:
+    """The oracle for facts that share a value: `Slow` for each, added up as the formula says."""
+
+    def __init__(self, model, members, block, side, method, start=None, reach=1.0, pull=0.0, temperature=None):
+        self.slows = [Slow(model, p, block, side, method) for p in members]
+        first = {p.rows[0].ids[: p.anchors[0] + 1]: s.initial for p, s in zip(members, self.slows)}
+        self.initial = sum(first.values()) / len(first)
+        self.guards = list({s.problem.kl.ids: s for s in self.slows}.values())
+        self.method, self.reach, self.pull, self.temperature = method, reach, pull, temperature
+        self.start = torch.zeros(32).double() if start is None else start.double()
+
+    def loss(self, delta):
+        s = self.method
+        nlls = []
+        for slow in self.slows:
+            rows = [-sum(logp[t] for logp, t in row) / len(row) for row in slow._targets(delta)]
+            nlls.append(sum(rows) / len(rows))
+        nlls = torch.stack(nlls)
+        share = torch.full_like(nlls, 1 / len(nlls))
+        if self.temperature is not None:
+            share = (nlls.detach() / self.temperature).softmax(0)
+        nows = [(g._kl_row(delta), g.before) for g in self.guards]
+        kl = sum((now.exp() * (now - before)).sum() for now, before in nows) / len(nows)
+        length = self.initial.norm()
+        held = self.pull * ((delta - self.start).norm() / length) ** 2
+        return (share * nlls).sum() + s.kl_factor * kl + s.weight_decay * delta.norm() / length**2 + held
+
+    def run(self):
+        delta = self.start.clone().requires_grad_(True)
+        adam = torch.optim.Adam([delta], lr=self.method.learning_rate)
+        losses = []
+        for step in range(self.method.n_steps):
+            loss = self.loss(delta)
+            losses.append(float(loss.detach()))
+            if step == self.method.n_steps - 1:
+                break
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+            with torch.no_grad():
+                longest = self.method.clamp * self.reach * self.initial.norm()
+                delta.mul_((longest / delta.norm()).clamp(max=1))
+        return delta.detach(), losses
+
+
+@pytest.mark.parametrize("temperature", [None, 0.7])
+@pytest.mark.parametrize("side", ["down", "residual"])
+def test_one_value_for_several_facts_is_the_slow_sum(llama, side, temperature):
+    method = Rome(n_steps=4, learning_rate=0.2, kl_factor=0.5, clamp=1.5, weight_decay=0.1, stop_loss=0.0)
+    found = find(llama, [*SAME, FACTS[1]])
+    groups = [[0, 1, 2], [3]]
+    values = optimise(llama, found, 1, side, method, groups=groups, temperature=temperature)
+    for group, value in zip(groups, values, strict=True):
+        slow = SlowGroup(llama, [found[i] for i in group], 1, side, method, temperature=temperature)
+        delta, losses = slow.run()
+        assert close(value.initial, slow.initial)
+        assert value.losses == pytest.approx(losses, abs=1e-4)
+        assert close(value.delta, delta, 2e-3)
+        margins = [s.margin(value.delta) for s in slow.slows]
+        assert value.margin == pytest.approx(min(margins), abs=1e-3)
+
+
+def test_a_start_is_held_by_its_pull_and_given_its_reach(llama):
+    method = Rome(n_steps=5, learning_rate=0.5, kl_factor=0.5, clamp=0.8, weight_decay=0.1, stop_loss=0.0)
+    found = find(llama, [*SAME, FACTS[1]])
+    begin = 0.3 * torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
+    start, groups = Start(begin, torch.tensor([3.0**0.5, 1.0]), 2.0), [[0, 1, 2], [3]]
+    values = optimise(llama, found, 1, "down", method, groups=groups, start=start)
+    for i, (group, value) in enumerate(zip(groups, values, strict=True)):
+        members, reach = [found[j] for j in group], float(start.reach[i])
+        slow = SlowGroup(llama, members, 1, "down", method, begin[i], reach, start.pull)
+        delta, losses = slow.run()
+        assert value.losses == pytest.approx(losses, abs=1e-4)
+        assert close(value.delta, delta, 2e-3)
+        assert value.delta.norm() <= 0.8 * reach * value.initial.norm() * (1 + 1e-5)
+
+
+def test_a_group_does_not_see_how_badly_another_one_fares(llama):
+    found = find(llama, [*SAME, FACTS[1], FACTS[3]])
+    search = Search(llama, found, 1, "down", Rome(), groups=[[0, 1, 2], [3, 4]])
+    nll = torch.tensor([1.0, 2.0, 3.0, 400.0, 401.0])
+    share = torch.tensor([1.0, 2.0, 3.0]).softmax(0)
+    wanted = [float(share @ nll[:3]), 400 + float(torch.tensor(1.0).sigmoid())]
+    assert search.per_group(nll, 1.0).tolist() == pytest.approx(wanted)
+    assert search.per_group(nll, 1e-3).tolist() == pytest.approx([3.0, 401.0])  # the hardest fact alone
+    assert search.per_group(nll).tolist() == pytest.approx([2.0, 400.5])
+
+
+# Aims.
+
+
+@torch.no_grad()
+def states_at_end(slow, block, model):
+    """Each row's state after a block at the prompt's last token; the value of `delta` is added on the way."""
+    seen = []
+    path = model.anatomy.path(f"blocks.{block}")
+
+    def keep(_, __, out):
+        seen.append(out[0] if isinstance(out, tuple) else out)
+
+    def run(delta):
+        seen.clear()
+        handle = slow.network.get_submodule(path).register_forward_hook(keep)
+        try:
+            for row, anchor in zip(slow.problem.rows, slow.problem.anchors):
+                slow._logp(row.ids[: row.prompt + 1], anchor, delta.double())
+        finally:
+            handle.remove()
+        return torch.stack([s.reshape(-1, 32)[-1] for s in seen])
+
+    return run
+
+
+@pytest.mark.parametrize("scale", [None, 0.1])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_an_aim_is_the_distance_of_whole_passes(open_tiny, family, scale):
+    model = open_tiny(family)
+    found = find(model)
+    make = torch.Generator().manual_seed(0)
+    aim = Aim(2, torch.randn(4, 32, generator=make), 0.0, scale=scale)
+    search = Search(model, found, 1, "down", Rome(), aim=aim)
+    delta = 0.3 * torch.randn(4, 32, generator=make)
+    with torch.no_grad():
+        measured = search.terms(delta).distance
+    for i, problem in enumerate(found):
+        states = states_at_end(Slow(model, problem, 1, "down", Rome()), 2, model)
+        before = states(torch.zeros(32))
+        away = (states(delta[i]) - before - aim.gains[i].double()).norm(dim=1)
+        wanted = (away / before.norm(dim=1)).mean() if scale is None else scale * away[0]
+        assert float(measured[i]) == pytest.approx(float(wanted), rel=1e-3)
+
+
+def test_a_value_with_an_aim_comes_nearer_and_says_how_near(llama):
+    found = find(llama)
+    gains = 3 * torch.randn(4, 32, generator=torch.Generator().manual_seed(1))
+    method = Rome(n_steps=25, weight_decay=0.0, learning_rate=0.3)
+    values = optimise(llama, found, 1, "down", method, aim=Aim(2, gains, 0.0))
+    for i, (problem, value) in enumerate(zip(found, values)):
+        states = states_at_end(Slow(llama, problem, 1, "down", method), 2, llama)
+        before = states(torch.zeros(32))
+
+        def distance(delta, i=i, states=states, before=before):
+            return float(((states(delta) - before - gains[i].double()).norm(dim=1) / before.norm(dim=1)).mean())
+
+        assert value.distance == pytest.approx((distance(torch.zeros(32)), distance(value.delta)), rel=1e-3)
+        assert value.distance[1] < value.distance[0]
+        assert (value.margin, value.reached) == (0.0, False)  # nobody asked for the targets
+
+
+def test_an_aim_and_a_limit_on_drift_hold_together(llama):
+    found = find(llama)[:2]
+    gains = 3 * torch.randn(2, 32, generator=torch.Generator().manual_seed(1))
+    rows = encode(llama.tokenizer, [Text("The capital of Japan is"), Text("Big Ben is in")])
+    heard = [Bystander(i, row, torch.linspace(0, 1, len(row.ids))) for i, row in enumerate(rows)]
+    aim = Aim(2, gains, 0.0)
+
+    def sought(limit):
+        method = Rome(n_steps=20, max_drift=limit, learning_rate=0.3)
+        values = optimise(llama, found, 1, "down", method, aim=aim, bystanders=heard)
+        with torch.no_grad():
+            return values, Search(llama, found, 1, "down", method, bystanders=heard).terms(
+                torch.stack([v.delta for v in values])
+            ).drift
+
+    free, drift = sought(1e6)
+    assert [v.drift for v in free] == pytest.approx(drift.tolist(), rel=1e-3)
+    limit = 0.1 * float(drift.min())
+    held, drift = sought(limit)
+    assert float(drift.max()) <= limit * (1 + 1e-3)
+    for loose, tight in zip(free, held):
+        assert loose.distance[1] < tight.distance[1] <= tight.distance[0]
+
+
+# The path of a value: after the block where nothing stands between, else through the MLP's last weight.
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gptj", "gpt_neox", "opt", "qwen3", "phi3"])
+def test_starting_after_the_block_is_starting_inside_it(open_tiny, family):
+    model = open_tiny(family)
+    found = find(model)
+    rows = encode(model.tokenizer, [Text("The capital of Japan is")])
+    heard = [Bystander(0, rows[0], torch.linspace(-1, 1, len(rows[0].ids)))]
+    delta = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    for bystanders in ((), heard):
+        search = Search(model, found, 1, "down", Rome(max_drift=1.0), bystanders=bystanders)
+        assert not search.through_down and search.suffix.first == 2
+        short = search.terms(delta)
+        lines = search._lines({i: i for i in range(4)}, bystanders)
+        whole = Suffix.of(model, [line.ids for line in lines], [line.anchor for line in lines], 1)
+        search.whole = search.suffix = whole
+        search.through_down = True
+        for one, two in zip(short, search.terms(delta)):
+            assert torch.allclose(one, two, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "olmo2"])
+def test_a_norm_behind_the_mlp_is_never_left_out(open_tiny, family):
+    search = Search(open_tiny(family), find(open_tiny(family)), 1, "down", Rome())
+    assert search.through_down and search.suffix.first == 1
 
 
 # Rows.

@@ -7,13 +7,13 @@ nothing. A new one needs its file, its test and a line in the changelog.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, TypeVar
+from weakref import WeakKeyDictionary
 
-import torch
 import yaml
 from torch import Tensor
 
@@ -24,18 +24,31 @@ from ..errors import FactError, ModelError, SettingsError
 from ..model import Model
 from ..settings import Settings, setting
 from ..tokens import Bos
-from ..trace import Trace
 from .contexts import Contexts
 from .facts import Fact
 
-__all__ = ["EditMethod", "ValueEditMethod", "block_at", "down", "metrics", "published", "require_decoder", "rule"]
+__all__ = [
+    "EditMethod",
+    "ValueEditMethod",
+    "block_at",
+    "down",
+    "metrics",
+    "null_spaces",
+    "published",
+    "require_decoder",
+    "rule",
+]
 
 MetricName = Literal["identity", "covariance"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class EditMethod(Settings, ABC):
     """Base of every editing method. Its name is its file's name."""
+
+    keeps_previous: ClassVar[bool] = False
+    """Whether `plan` keeps the output at earlier edits' keys."""
 
     seed: int = setting(0, "Seed of everything random.", ge=0)
     faithful: bool = setting(False, "Follow the authors' code where it differs from our default.")
@@ -46,17 +59,35 @@ class EditMethod(Settings, ABC):
         return type(self).__module__.rsplit(".", 1)[-1]
 
     @abstractmethod
-    def plan(self, model: Model, facts: Sequence[Fact]) -> Change:
+    def plan(
+        self,
+        model: Model,
+        facts: Sequence[Fact],
+        *,
+        previous: Mapping[str, Tensor] | None = None,
+        unedited: Model | None = None,
+    ) -> Change:
         """Plan one change that makes all facts true; the model is not altered.
+
+        Args:
+            model: A decoder.
+            facts: What is to become true.
+            previous: For each weight the keys (inputs, p) of earlier edits, whose output must stay; used by methods
+                with ``keeps_previous``, ignored by the others.
+            unedited: The model before any edit, whose statistics are used in a sequence of edits; by default `model`.
 
         Raises:
             FactError: A fact cannot be used by this method.
             ModelError: The family has no such edit.
         """
 
-    def plan_each(self, model: Model, facts: Sequence[Fact]) -> list[Change]:
-        """Plan a change for each fact alone, as if the others did not exist."""
-        return [self.plan(model, [fact]) for fact in facts]
+    def plan_each(self, model: Model, groups: Sequence[Sequence[Fact]]) -> list[Change]:
+        """Plan a change for each group of facts alone, as if the others did not exist."""
+        return [self.plan(model, group) for group in groups]
+
+    def blind(self) -> Any:
+        """Return this method as it must run where a fact's paraphrases measure it: without making use of them."""
+        return self
 
     def as_published(self, model: Model) -> Any:
         """Return this method with the published settings of this model's row, under ``faithful``."""
@@ -109,7 +140,17 @@ class ValueEditMethod(EditMethod):
     stop: Literal["loss", "argmax"] = setting("loss", "When a fact is done: loss small, or target first everywhere.")
     stop_loss: float = setting(0.05, "Loss at which a fact is done (stop = loss).", ge=0)
     min_margin: float = setting(1.0, "Lead of the target in nats at which a fact is done (stop = argmax).", ge=0)
-    contexts: Contexts = setting("memit", "Texts put before the prompt: plain, memit, rome, or a list of your own.")
+    max_drift: float = setting(
+        0.0,
+        "Limit on the neighbours' drift in nats, kept by a multiplier during the search in place of kl_factor and "
+        "weight_decay; 0: those fixed weights.",
+        ge=0,
+    )
+    n_bystanders: int = setting(12, "Neighbour prompts a fact whose drift is limited (max_drift).", ge=1, le=1000)
+    price_step: float = setting(1.0, "How fast the price of drift rises with its relative excess (max_drift).", gt=0)
+    contexts: Contexts = setting(
+        "memit", "Texts put before the prompt: plain, memit, rome, instruction, both, or a list of your own."
+    )
     bos: Bos = setting("tokenizer", "Beginning-of-text token: as the tokenizer does, always, never.")
     n_tokens: int = setting(0, "Tokens read for second moments; 0: the larger of 20 widths and 30,000.", ge=0)
     text: str = setting("", "Text file for second moments; empty: the corpus that ships with Retouch.")
@@ -180,21 +221,40 @@ def metrics(
     """
     if kind == "identity":
         return {n: linalg.Identity() for n in names}
-    moments = stats.collect(model, names, text=text or None, n_tokens=n_tokens or None, bos=bos)
-    return {n: linalg.Covariance.from_moment(m.mean) for n, m in moments.items()}
+
+    def make() -> dict[str, linalg.Covariance]:
+        moments = stats.collect(model, names, text=text or None, n_tokens=n_tokens or None, bos=bos)
+        return {n: linalg.Covariance.from_moment(m.mean) for n, m in moments.items()}
+
+    return dict(_once(model, ("covariance", *names, text, n_tokens, bos), make))
 
 
-@torch.no_grad()
-def keys_at(model: Model, rows: Sequence[tuple[int, ...]], positions: Sequence[int], name: str) -> Tensor:
-    """Read the input of a weight at one position of each row.
+def null_spaces(
+    model: Model,
+    names: Sequence[str],
+    energy: float = 0.02,
+    *,
+    threshold: float | None = None,
+    text: str = "",
+    n_tokens: int = 0,
+    bos: Bos = "tokenizer",
+) -> dict[str, linalg.NullSpace]:
+    """Find for each weight the directions that text hardly uses; see `linalg.null_space` and `metrics`."""
 
-    Shapes:
-        Returns (rows, inputs), float64 on the CPU.
-    """
-    batch = model.batch([row[: p + 1] for row, p in zip(rows, positions)])
-    with Trace(model) as own:
-        own.read(name, "input")
-        own.run(batch, stop_after=name)
-        seen = own[name, "input"]
-    index = torch.arange(len(rows))
-    return seen[index, batch.first.cpu() + torch.tensor(list(positions))].double().cpu()
+    def make() -> dict[str, linalg.NullSpace]:
+        moments = stats.collect(model, names, text=text or None, n_tokens=n_tokens or None, bos=bos)
+        return {n: linalg.null_space(m.mean, energy, threshold=threshold) for n, m in moments.items()}
+
+    return dict(_once(model, ("nullspace", *names, energy, threshold, text, n_tokens, bos), make))
+
+
+_MADE: WeakKeyDictionary[Model, dict[tuple[Any, ...], Any]] = WeakKeyDictionary()
+
+
+def _once(model: Model, key: tuple[Any, ...], make: Callable[[], T]) -> T:
+    """Factorise once for each model: a sequence of edits asks for the same metrics a thousand times."""
+    known = _MADE.setdefault(model, {})
+    if key not in known:
+        known[key] = make()
+    found: T = known[key]
+    return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -12,9 +13,10 @@ from ..model import Model
 
 __all__ = ["Context", "Contexts", "contexts_for", "sample"]
 
-Contexts = Literal["plain", "memit", "rome"] | tuple[str, ...]
+Contexts = Literal["plain", "memit", "rome", "instruction", "both"] | tuple[str, ...]
 
 _STARTERS = ("The", "Therefore", "Because", "I", "You")
+_ASKING = ("Answer the question: ", "User: ", "Complete the sentence: ", "Question: ")
 
 
 @dataclass(frozen=True)
@@ -30,24 +32,53 @@ def contexts_for(model: Model, kind: Contexts, seed: int) -> list[Context]:
 
     Source:
         memit: six rows, 1/2 for the bare prompt and 1/10 for each of five texts of ten tokens (kmeng01/memit). rome: 21
-        rows, ten texts of five tokens and ten of ten, equal weights (kmeng01/rome).
+        rows, ten texts of five tokens and ten of ten, equal weights (kmeng01/rome). instruction: the bare prompt, four
+        ways of asking and the tokenizer's chat header, equal weights; both: half memit, half instruction (ours).
 
     Args:
         model: Writes the texts itself, by sampling.
-        kind: ``plain``, ``memit``, ``rome``, or texts of your own.
+        kind: ``plain``, ``memit``, ``rome``, ``instruction``, ``both``, or texts of your own.
         seed: Same seed, same texts.
     """
     if kind == "plain":
         return [Context("", 1.0)]
     if kind == "memit":
-        drawn = sample(model, _STARTERS, 10, seed)
+        drawn = _drawn(model, _STARTERS, 10, seed)
         return [Context("", 0.5), *(Context(f"{t}. ", 0.5 / len(drawn)) for t in drawn)]
     if kind == "rome":
         end = model.tokenizer.eos_token or model.tokenizer.bos_token or "\n"
-        drawn = sample(model, [end] * 10, 5, seed) + sample(model, [end] * 10, 10, seed + 1)
+        drawn = [*_drawn(model, (end,) * 10, 5, seed), *_drawn(model, (end,) * 10, 10, seed + 1)]
         return [Context("", 1 / 21), *(Context(f"{t}. ", 1 / 21) for t in drawn)]
+    if kind == "instruction":
+        texts = ["", *_ASKING, *_header(model)]
+        return [Context(t, 1 / len(texts)) for t in texts]
+    if kind == "both":
+        halves = contexts_for(model, "memit", seed) + contexts_for(model, "instruction", seed)[1:]
+        return [Context(c.text, c.weight / 2 if i < 6 else 0.5 / (len(halves) - 6)) for i, c in enumerate(halves)]
     own = [t if not t or t[-1].isspace() else f"{t} " for t in kind]
     return [Context(t, 1 / len(own)) for t in own]
+
+
+_DRAWN: WeakKeyDictionary[Model, dict[tuple[Any, ...], list[str]]] = WeakKeyDictionary()
+
+
+def _drawn(model: Model, starters: tuple[str, ...], n_tokens: int, seed: int) -> list[str]:
+    """Sample once for each model: a sequence of edits asks for the same texts a thousand times."""
+    known = _DRAWN.setdefault(model, {})
+    key = (starters, n_tokens, seed)
+    if key not in known:
+        known[key] = sample(model, starters, n_tokens, seed)
+    return known[key]
+
+
+def _header(model: Model) -> list[str]:
+    """What the tokenizer's chat template writes before a user's words; nothing where it has none."""
+    if not getattr(model.tokenizer, "chat_template", None):
+        return []
+    mark = "\x00"
+    text = str(model.tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False))
+    header = text.partition(mark)[0].removeprefix(model.tokenizer.bos_token or "\x00")
+    return [header] if header else []
 
 
 @torch.no_grad()
@@ -59,6 +90,8 @@ def sample(model: Model, starters: Sequence[str], n_tokens: int, seed: int, top_
     """
     generator = torch.Generator().manual_seed(seed)
     rows = [tuple(ids) for ids in model.tokenizer(list(starters))["input_ids"]]
+    first = model.tokenizer.bos_token_id
+    rows = [r[:1] if len(r) == 2 and r[0] == first and r[1] in model.tokenizer.all_special_ids else r for r in rows]
     skip = set(model.tokenizer.all_special_ids)
     special = [i for i in sorted(skip) if i < model.anatomy.vocab_size]
     while any(len(r) < n_tokens for r in rows):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from ..change import Change
 from ..model import Model
@@ -40,7 +42,14 @@ class FtM(EditMethod):
     batch_size: int = setting(64, "Facts of a step.", ge=1)
     bos: Bos = setting("tokenizer", "Beginning-of-text token: as the tokenizer does, always, never.")
 
-    def plan(self, model: Model, facts: Sequence[Fact]) -> Change:
+    def plan(
+        self,
+        model: Model,
+        facts: Sequence[Fact],
+        *,
+        previous: Mapping[str, Tensor] | None = None,
+        unedited: Model | None = None,
+    ) -> Change:
         """Train on all facts together."""
         self.ready(model, facts)
         name = down(block_at(self.block, 0.66, model.anatomy, self.name))

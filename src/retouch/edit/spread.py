@@ -1,29 +1,245 @@
-"""Spread one wanted state over the weights of several blocks: the second half of MEMIT and its kin."""
+"""Spread one wanted state over the weights of several blocks: what MEMIT and its kin share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from .. import linalg
-from ..change import LowRank
+from ..change import Change, LowRank
+from ..errors import SettingsError
 from ..model import Model
+from ..settings import setting
 from ..trace import Trace
-from .base import down
-from .value import Problem
+from .base import ValueEditMethod, down, rule
+from .contexts import contexts_for
+from .facts import Fact
+from .keys import averages, batches, prefixes
+from .neighbors import neighbors
+from .rows import Problem, grouped, problems
+from .value import Value, optimise
 
-__all__ = ["Solver", "spread"]
+__all__ = ["Solver", "SpreadMethod", "Writer", "Written", "spread"]
 
 Solver = Callable[[str, Tensor, Tensor], linalg.Solution]
 """(weight, keys (d_ff, n), residuals (d_model, n)) -> the write."""
 
 
+@dataclass(frozen=True)
+class SpreadMethod(ValueEditMethod):
+    """Base of the methods that find a state after the last of several blocks and let all of them bring it about."""
+
+    keeps_previous: ClassVar[bool] = True
+    merges: ClassVar[bool] = False
+    """Whether the facts of one subject share one value and one key."""
+
+    n_steps: int = setting(25, "Steps of the search; N steps make N - 1 updates.", ge=1, le=1000)
+    clamp: float = setting(0.75, "Longest value change, in lengths of the value itself.", gt=0)
+    blocks: tuple[int, ...] = setting(
+        (), "Edited blocks, ascending; empty: 0.13 to 0.26 of the depth (gpt2: 0.27 to 0.35)."
+    )
+
+    @abstractmethod
+    def solver(self, model: Model, blocks: Sequence[int], statistics: Model) -> Callable[[Sequence[Problem]], Writer]:
+        """Prepare what is the same for all facts (metrics); return what writes one set of facts."""
+
+    def values(
+        self, model: Model, found: Sequence[Problem], groups: Sequence[Sequence[int]], block: int, **more: Any
+    ) -> list[Value]:
+        """Find the wanted state of each group at the last block."""
+        return optimise(model, found, block, "residual", self, groups=groups, **more)
+
+    def plan(
+        self,
+        model: Model,
+        facts: Sequence[Fact],
+        *,
+        previous: Mapping[str, Tensor] | None = None,
+        unedited: Model | None = None,
+    ) -> Change:
+        """Plan all facts together; see `EditMethod.plan`."""
+        return self._planned(model, [facts], previous, unedited or model)[0]
+
+    def plan_each(self, model: Model, groups: Sequence[Sequence[Fact]]) -> list[Change]:
+        """Plan each group alone; values are searched together and the metrics are made once."""
+        return self._planned(model, groups, None, model)
+
+    def _planned(
+        self,
+        model: Model,
+        sets: Sequence[Sequence[Fact]],
+        previous: Mapping[str, Tensor] | None,
+        unedited: Model,
+    ) -> list[Change]:
+        facts = [f for s in sets for f in s]
+        self.ready(model, facts)
+        method = self.as_published(model)
+        blocks = method.blocks_of(model)
+        contexts = contexts_for(unedited, method.contexts, self.seed)
+        found = problems(model, facts, contexts, "subject", self.bos)
+        groups_of: list[list[list[int]]] = []
+        start = 0
+        for each in sets:
+            groups = grouped(each) if self.merges else [[i] for i in range(len(each))]
+            groups_of.append([[start + i for i in g] for g in groups])
+            start += len(each)
+        flat = [g for groups in groups_of for g in groups]
+        writer_of = method.solver(model, blocks, unedited)
+        names = [down(b) for b in blocks]
+        heard = neighbors(model, found, flat, names, method, writer_of(found).metric) if method.max_drift else []
+        values = iter(method.values(model, found, flat, blocks[-1], bystanders=heard))
+        changes = []
+        for groups in groups_of:
+            numbers = sorted(i for g in groups for i in g)
+            part = [found[i] for i in numbers]
+            place = {i: n for n, i in enumerate(numbers)}
+            own = [[place[i] for i in g] for g in groups]
+            changes.append(
+                method._written(
+                    model, part, own, [next(values) for _ in groups], blocks, writer_of(part), previous or {},
+                    [c.text for c in contexts],
+                )
+            )  # fmt: skip
+        return changes
+
+    def blocks_of(self, model: Model) -> tuple[int, ...]:
+        """Return the edited blocks: the setting's, or by the depth rule.
+
+        Raises:
+            SettingsError: The setting names blocks that the model lacks, or not in ascending order.
+        """
+        a = model.anatomy
+        low, high = (0.27, 0.35) if "gpt2" in a.groups else (0.13, 0.26)
+        blocks = self.blocks or tuple(range(rule(low, a), rule(high, a) + 1))
+        if list(blocks) != sorted(set(blocks)) or not 0 <= blocks[0] <= blocks[-1] < a.n_blocks:
+            raise SettingsError(f"{self.name}: blocks must ascend within 0 to {a.n_blocks - 1}; got {list(blocks)}.")
+        return blocks
+
+    def _written(
+        self,
+        model: Model,
+        found: Sequence[Problem],
+        groups: Sequence[Sequence[int]],
+        values: Sequence[Value],
+        blocks: Sequence[int],
+        writer: Writer,
+        previous: Mapping[str, Tensor],
+        contexts: list[str],
+    ) -> Change:
+        names = [found[g[0]].fact.filled for g in groups]
+
+        def solve(name: str, keys: Tensor, residuals: Tensor) -> linalg.Solution:
+            metric, keep = writer.scaled(name, keys), previous.get(name)
+            if writer.ridge:  # with it, keys that coincide would share in silence what each is to get whole
+                linalg.solve(keys, residuals, metric, mode=writer.mode, keep=keep, names=names)
+            return linalg.solve(keys, residuals, metric, mode=writer.mode, ridge=writer.ridge, keep=keep, names=names)
+
+        written = spread(model, found, groups, torch.stack([v.target for v in values]), blocks, solve)
+        member = {i: g for g, members in enumerate(groups) for i in members}
+        notes = {
+            "facts": [
+                {
+                    **values[member[i]].notes(),
+                    "delivered": [s["delivered"][member[i]] for s in written.notes],
+                    "warnings": list(p.notes),
+                }
+                for i, p in enumerate(found)
+            ],
+            "groups": [list(g) for g in groups],
+            "mode": writer.mode,
+            "blocks": [_averaged(s) for s in written.notes],
+            "contexts": contexts,
+        }
+        return self.change(
+            model, [p.fact for p in found], written.parts, keys=written.keys, targets=written.residuals, notes=notes
+        )
+
+
+@contextmanager
+def _normed(model: Model, block: int) -> Iterator[list[Tensor]]:
+    """Keep what the norm behind a block's MLP gives; nothing where the family has none."""
+    seen: list[Tensor] = []
+    if model.anatomy.mlp_norm is None:
+        yield seen
+        return
+    norm = model.network.get_submodule(f"{model.anatomy.path(f'blocks.{block}')}.{model.anatomy.mlp_norm}")
+    handle = norm.register_forward_hook(lambda module, args, out: seen.append(out))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def _before_norm(wanted: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    """Take a wanted gain back through an RMS norm, which scales each coordinate by after / before.
+
+    The least-squares inverse: coordinates that the norm all but closes are left alone. The norm's length stays what it
+    is, so that less than the wanted gain arrives; the blocks that follow see what is missing.
+
+    Shapes:
+        (groups, d_model) three times.
+    """
+    scale = after / torch.where(before == 0, 1.0, before)
+    floor = 0.1 * scale.abs().median(1, keepdim=True).values
+    return scale * wanted / (scale**2 + floor**2)
+
+
+def _averaged(step: Mapping[str, Any]) -> dict[str, float]:
+    """Return a block's notes with the mean of what its facts received."""
+    delivered = step["delivered"]
+    return {**step, "delivered": sum(delivered) / len(delivered)}
+
+
+@dataclass(frozen=True, eq=False)
+class Writer:
+    """How a set of facts is solved at each weight.
+
+    Attributes:
+        metric: By weight.
+        weight: What scales the metric, given its keys (d_ff, n) and the metric.
+        mode: Of `linalg.solve`.
+        ridge: Of `linalg.solve`.
+    """
+
+    metric: Mapping[str, linalg.Metric]
+    weight: Callable[[Tensor, linalg.Metric], float] = lambda keys, metric: 1.0
+    mode: linalg.Mode = "least_squares"
+    ridge: float = 0.0
+
+    def scaled(self, name: str, keys: Tensor) -> linalg.Metric:
+        """Return a weight's metric at its scale."""
+        return self.metric[name].scaled(self.weight(keys, self.metric[name]))
+
+
+@dataclass(frozen=True, eq=False)
+class Written:
+    """What `spread` wrote, by weight.
+
+    Shapes:
+        keys (d_ff, groups), residuals (d_model, groups).
+    """
+
+    parts: dict[str, LowRank]
+    keys: dict[str, Tensor]
+    residuals: dict[str, Tensor]
+    notes: list[dict[str, Any]]
+
+
 @torch.no_grad()
 def spread(
-    model: Model, found: Sequence[Problem], targets: Tensor, blocks: Sequence[int], solve: Solver
-) -> tuple[dict[str, LowRank], dict[str, Tensor], list[dict[str, float]]]:
+    model: Model,
+    found: Sequence[Problem],
+    groups: Sequence[Sequence[int]],
+    targets: Tensor,
+    blocks: Sequence[int],
+    solve: Solver,
+) -> Written:
     """Write in ascending blocks, each taking an equal share of what is still missing at the last one.
 
     For the j-th of J blocks: keys on the partly edited model; residual (z - h now) / (J - j); solve; write. The model
@@ -34,55 +250,51 @@ def spread(
 
     Args:
         model: The model.
-        found: The facts as rows; h is read on each fact's first row, keys are the weighted mean over its rows.
-        targets: z, the wanted state after the last block, (n, d_model).
+        found: The facts as rows.
+        groups: Facts that share one key and one target: h is read on the bare rows, keys are the mean over all rows.
+        targets: z, the wanted state after the last block, (groups, d_model).
         blocks: Ascending.
         solve: Makes the write of one weight.
-
-    Returns:
-        The parts and the keys (d_ff, n) by weight, and for each block the solve's condition and delivered share.
     """
-    rows = [r.ids[: p.anchor(r) + 1] for p in found for r in p.rows]
-    at = torch.tensor([p.anchor(r) for p in found for r in p.rows])
-    batch = model.batch(rows)
-    mean = _averages(found)
-    first = torch.tensor([len(p.rows) for p in found]).cumsum(0) - torch.tensor([len(p.rows) for p in found])
-    index = torch.arange(len(rows))
-    parts: dict[str, LowRank] = {}
-    kept: dict[str, Tensor] = {}
-    notes = []
+    merged = [prefixes(found, g) for g in groups]
+    rows = [p.ids for ps in merged for p in ps]
+    mean, bare = averages(merged), averages(merged, bare=True)
+    last = f"blocks.{blocks[-1]}"
+    written = Written({}, {}, {}, [])
     for j, block in enumerate(blocks):
-        name, last = down(block), f"blocks.{blocks[-1]}"
+        name = down(block)
+        every, states = _read(model, rows, name, last, written.parts)
+        keys = (mean @ every).T
+        missing = targets.double() - bare @ states
+        solution = solve(name, keys, missing.T / (len(blocks) - j))
+        written.parts[name] = LowRank(solution.left.float(), solution.right.float())
+        written.keys[name], written.residuals[name] = keys.float(), solution.left.float()
+        written.notes.append(
+            {
+                "block": float(block),
+                "condition": solution.condition,
+                "delivered": solution.delivered.tolist(),
+                "missing": float(missing.norm(dim=1).mean()),
+            }
+        )
+    return written
+
+
+def _read(
+    model: Model, rows: Sequence[tuple[int, ...]], name: str, last: str, parts: Mapping[str, LowRank]
+) -> tuple[Tensor, Tensor]:
+    """Read, at each row's last token, what flows into a weight and the state after a block, with `parts` written."""
+    found: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+    for some in batches(rows):
+        batch = model.batch(some)
+        at = batch.first.cpu() + torch.tensor([len(row) - 1 for row in some])
         with Trace(model) as trace:
             for other, part in parts.items():
                 trace.branch(other, part.left, part.right)
             trace.read(name, "input")
             trace.read(last)
             trace.run(batch, stop_after=last)
-            every = trace[name, "input"][index, at].double().cpu()
-            now = trace[last, "output"][index, at][first].double().cpu()
-        keys = (mean @ every).T
-        residuals = (targets.double() - now).T / (len(blocks) - j)
-        solution = solve(name, keys, residuals)
-        parts[name] = LowRank(solution.left.float(), solution.right.float())
-        kept[name] = keys.float()
-        notes.append(
-            {
-                "block": float(block),
-                "condition": solution.condition,
-                "delivered": float(solution.delivered.mean()),
-                "missing": float((targets.double() - now).norm(dim=1).mean()),
-            }
-        )
-    return parts, kept, notes
-
-
-def _averages(found: Sequence[Problem]) -> Tensor:
-    """The matrix that takes all rows to each fact's weighted mean."""
-    rows = sum(len(p.rows) for p in found)
-    mean = torch.zeros(len(found), rows, dtype=torch.float64)
-    start = 0
-    for i, problem in enumerate(found):
-        mean[i, start : start + len(problem.rows)] = torch.tensor(problem.weights, dtype=torch.float64)
-        start += len(problem.rows)
-    return mean
+            index = torch.arange(len(some))
+            keys, states = (t[index, at].double().cpu() for t in (trace[name, "input"], trace[last, "output"]))
+        found.update(zip(some, zip(keys, states)))
+    return torch.stack([found[r][0] for r in rows]), torch.stack([found[r][1] for r in rows])

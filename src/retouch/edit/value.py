@@ -1,130 +1,45 @@
-"""Find a value by gradient: the one search that every locate-and-edit method shares.
+"""Find values by gradient: the one search that every locate-and-edit method shares.
 
-A vector delta is added to an activation at one position of every row of a fact, and trained until the model says the
-target. What lies below the block and before the position runs once; all facts of a chunk are searched together.
+A vector delta is added to an activation at one position of every row of a group of facts (usually one fact), and
+trained until the model says the targets. What lies below the block and before the position runs once; all groups of a
+chunk are searched together.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from ..errors import FactError, ModelError
+from ..errors import ModelError
 from ..model import Model
 from ..progress import report
-from ..tokens import Bos, Row, Text, encode
-from ..trace import Suffix, Trace
+from ._search import Aim, Bystander, Search
 from .base import ValueEditMethod
-from .contexts import Context
-from .facts import Fact
+from .rows import Problem
 
-__all__ = ["Problem", "Value", "optimise", "problems"]
+__all__ = ["Aim", "Bystander", "Search", "Value", "optimise"]
 
-Position = Literal["subject", "prompt"]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One fact as rows.
-
-    Attributes:
-        fact: What is to become true.
-        rows: One row a context, all targets included; the first is the bare prompt where it may be used.
-        weights: Each row's weight in the mean key; they sum to 1.
-        position: Where the value is added.
-        kl: The row ``{subject} is a``, or None without a subject.
-        notes: What a person should know: a merged token, a bare prompt that is not covered.
-    """
-
-    fact: Fact
-    rows: tuple[Row, ...]
-    weights: tuple[float, ...]
-    position: Position
-    kl: Row | None
-    notes: tuple[str, ...] = ()
-
-    def anchor(self, row: Row) -> int:
-        """Return the index of the row's edited token."""
-        index = row.subject if self.position == "subject" else row.prompt
-        assert index is not None  # problems() has refused facts without a subject
-        return index
-
-    @property
-    def anchors(self) -> list[int]:
-        """The edited token of every row."""
-        return [self.anchor(row) for row in self.rows]
-
-
-def problems(
-    model: Model, facts: Sequence[Fact], contexts: Sequence[Context], position: Position, bos: Bos = "tokenizer"
-) -> list[Problem]:
-    """Turn facts into rows.
-
-    A row whose edited token is the very first token of the text is left out while another row exists: its key is the
-    attention sink's and has nothing to do with the subject.
-
-    Raises:
-        FactError: The position is the subject's and a fact has none.
-    """
-    if position == "subject":
-        for fact in facts:
-            if not fact.subject:
-                raise FactError(
-                    f"The fact {fact.prompt!r} has no subject; this method writes at the subject's last token."
-                )
-    texts = [Text(f.before, f.subject, f.after, f.target, c.text) for f in facts for c in contexts]
-    rows = encode(model.tokenizer, texts, bos)
-    n = len(contexts)
-    return [_problem(model, f, rows[i * n : (i + 1) * n], contexts, position, bos) for i, f in enumerate(facts)]
-
-
-def _problem(
-    model: Model, fact: Fact, rows: list[Row], contexts: Sequence[Context], position: Position, bos: Bos
-) -> Problem:
-    notes = []
-    at = [r.subject if position == "subject" else r.prompt for r in rows]
-    kept = [i for i, a in enumerate(at) if a != 0]
-    if len(kept) < len(rows):
-        left_out = (
-            "that row is not covered" if kept else "the write reaches every text without a beginning-of-text token"
-        )
-        notes.append(
-            f"The edited token opens the bare prompt, where its key is the attention sink's: {left_out}. "
-            "Put a word before the subject, or use bos='always'."
-        )
-    kept = kept or list(range(len(rows)))
-    if any(rows[i].merged for i in kept):
-        notes.append("A token straddles the subject's or the prompt's end (merged_token).")
-    total = sum(contexts[i].weight for i in kept)
-    kl = None
-    if fact.subject:
-        lead = "" if at[0] != 0 else next((c.text for c in contexts if c.text), "")
-        kl = encode(model.tokenizer, [Text("", fact.subject, " is a", context=lead)], bos)[0]
-    return Problem(
-        fact,
-        tuple(rows[i] for i in kept),
-        tuple(contexts[i].weight / total for i in kept),
-        position,
-        kl,
-        tuple(notes),
-    )
+Side = Literal["down", "residual"]
 
 
 @dataclass(frozen=True, eq=False)
 class Value:
-    """What a search found for one fact.
+    """What a search found for one fact, or for the facts of one subject.
 
     Attributes:
         delta: What is to be added to the activation, (d_model,), float32 on the CPU.
-        initial: The unchanged activation of the first row, (d_model,).
+        initial: The unchanged activation, (d_model,): the first row's, averaged over a group's distinct left contexts.
         losses: The loss at each step.
-        margin: Least lead of a target token over the best other one, in nats, over all rows at the last step.
+        margin: Least lead of a target token over the best other one, in nats, over all rows at the last step; 0 with
+            an aim, which never asks for the targets.
         reached: Every target token was the likeliest in every row.
+        drift: Mean KL of the bystanders under the expected write, nats; None when there were none.
+        distance: How far the aimed-at state was at the start and at the end, in its own lengths; None without an aim.
     """
 
     delta: Tensor
@@ -132,6 +47,8 @@ class Value:
     losses: tuple[float, ...]
     margin: float
     reached: bool
+    drift: float | None = None
+    distance: tuple[float, float] | None = None
 
     @property
     def target(self) -> Tensor:
@@ -140,25 +57,56 @@ class Value:
 
     def notes(self) -> dict[str, float | bool | list[float]]:
         """Return what a report shows."""
-        ratio = float(self.delta.norm() / self.initial.norm())
-        return {
+        found: dict[str, float | bool | list[float]] = {
             "losses": [round(x, 5) for x in self.losses],
             "margin": self.margin,
-            "ratio": ratio,
+            "ratio": float(self.delta.norm() / self.initial.norm()),
             "reached": self.reached,
         }
+        if self.drift is not None:
+            found["drift"] = self.drift
+        if self.distance is not None:
+            found["distance"] = list(self.distance)
+        return found
+
+
+class Start(NamedTuple):
+    """Where a search starts, and how it is held there: mu |d - d0|^2 / |v|^2, |d| <= clamp * reach * |v|.
+
+    Shapes:
+        delta (groups, d_model), reach (groups,).
+    """
+
+    delta: Tensor
+    reach: Tensor
+    pull: float = 0.0
 
 
 def optimise(
-    model: Model, found: Sequence[Problem], block: int, side: Literal["down", "residual"], settings: ValueEditMethod
+    model: Model,
+    found: Sequence[Problem],
+    block: int,
+    side: Side,
+    settings: ValueEditMethod,
+    *,
+    groups: Sequence[Sequence[int]] | None = None,
+    start: Start | None = None,
+    temperature: float | None = None,
+    flat: float = 0.0,
+    aim: Aim | None = None,
+    bystanders: Sequence[Bystander] = (),
 ) -> list[Value]:
-    """Search a value for every fact.
+    """Search a value for every fact, or one for all facts of a group.
 
-        L(delta) = mean_rows[ -(1/T) sum_t log P(target_t | row; delta) ]
+        L(delta) = mean_facts mean_rows[ -(1/T) sum_t log P(target_t | row; delta) ]
                  + kl_factor KL(P_delta(. | "{s} is a") || P_before) + weight_decay |delta| / |v|^2
 
+    With bystanders and ``max_drift`` the last two terms give way to ``lambda (drift - max_drift)``, lambda by dual
+    ascent, and the best step within the limit is returned.
+
     Source:
-        Meng et al. 2022 (arXiv 2202.05262), section 3.1 and kmeng01/rome; batching, cut passes and masked Adam: ours.
+        Meng et al. 2022 (arXiv 2202.05262), section 3.1 and kmeng01/rome; batching, cut passes, masked Adam and the
+        multiplier: ours.
 
     Shapes:
         With F facts of R rows whose tail after the edited token is S long, a step costs 2 passes of F R S tokens
@@ -170,231 +118,181 @@ def optimise(
         block: The edited block.
         side: Add to the output of ``mlp.down``, or to the block's output (the residual stream).
         settings: Of the method.
+        groups: Numbers of the facts that share one value; by default each fact has its own.
+        start: Where to start; by default at 0.
+        temperature: Weigh a group's facts by softmax(NLL / temperature) instead of equally.
+        flat: Length of the noise on the value at each step, in the value's own lengths, which looks for wide minima.
+        aim: Bring a later state somewhere instead of making the target likely.
+        bystanders: Rows that the expected write must leave alone, with their group.
 
     Returns:
-        One value a fact, in order. Facts do not see each other: together or alone they give the same values.
+        One value a group, in order. Groups do not see each other: together or alone they give the same values.
 
     Raises:
-        ModelError: The family's blocks cannot be run from a cut, and say so.
+        ModelError: The family's blocks cannot be run from a cut, or the loss is not finite.
     """
-    order = sorted(range(len(found)), key=lambda i: _tail(found[i]))
+    groups = [[i] for i in range(len(found))] if groups is None else groups
+    order = sorted(range(len(groups)), key=lambda g: max(_tail(found[i]) for i in groups[g]))
     values: dict[int, Value] = {}
     what = f"Values for {len(found)} facts at block {block}"
-    report(what, 0, len(found))
-    for chunk in _chunks(model, [found[i] for i in order], block, settings.budget_mib):
-        for i, value in zip(order[len(values) :], _Search(model, chunk, block, side, settings).run()):
-            values[i] = value
-        report(what, len(values), len(found))
-    return [values[i] for i in range(len(found))]
+    report(what, 0, len(groups))
+    for chunk in _chunks(model, found, groups, order, block, settings.budget_mib, bystanders):
+        members = [i for g in chunk for i in groups[g]]
+        place = {i: n for n, i in enumerate(members)}
+        search = Search(
+            model,
+            [found[i] for i in members],
+            block,
+            side,
+            settings,
+            groups=[[place[i] for i in groups[g]] for g in chunk],
+            aim=aim and aim.of(members),
+            bystanders=[b.of(chunk.index(b.group)) for b in bystanders if b.group in chunk],
+        )
+        begin = start and Start(start.delta[chunk], start.reach[chunk], start.pull)
+        values.update(zip(chunk, _descend(search, settings, begin, temperature, flat)))
+        report(what, len(values), len(groups))
+    return [values[g] for g in range(len(groups))]
 
 
 def _tail(problem: Problem) -> int:
     return max(len(r.seen) - a for r, a in zip(problem.rows, problem.anchors))
 
 
-def _chunks(model: Model, found: list[Problem], block: int, budget_mib: int) -> list[list[Problem]]:
-    """Cut facts, sorted by length, into chunks whose activations fit the budget."""
+def _chunks(
+    model: Model,
+    found: Sequence[Problem],
+    groups: Sequence[Sequence[int]],
+    order: Sequence[int],
+    block: int,
+    budget_mib: int,
+    bystanders: Sequence[Bystander],
+) -> list[list[int]]:
+    """Cut groups, sorted by length, into chunks whose activations fit the budget."""
     a = model.anatomy
-    chunks: list[list[Problem]] = []
+    per_column = 4 * (a.n_blocks - block) * (10 * a.d_model + 5 * a.d_ff)
+    chunks: list[list[int]] = []
     used = 0.0
-    for problem in found:
-        rows = len(problem.rows) + 1
-        longest = max(len(r.seen) for r in problem.rows)
-        per_token = 4 * (a.n_blocks - block) * (10 * a.d_model + 5 * a.d_ff + 3 * a.heads * longest)
-        head = 16 * a.vocab_size * (1 + sum(len(r.target) for r in problem.rows))
-        need = float(rows * _tail(problem) * per_token + head)
+    for g in order:
+        need = 0.0
+        for problem in (found[i] for i in groups[g]):
+            longest = max(len(r.seen) for r in problem.rows)
+            columns = (len(problem.rows) + 1) * _tail(problem)
+            need += columns * (per_column + 12 * (a.n_blocks - block) * a.heads * longest)
+            need += 16 * a.vocab_size * (1 + sum(len(r.target) for r in problem.rows))
+        for row in (b.row for b in bystanders if b.group == g):
+            need += len(row.ids) * per_column + 16 * a.vocab_size
         if not chunks or used + need > budget_mib * 2**20:
             chunks.append([])
             used = 0.0
-        chunks[-1].append(problem)
+        chunks[-1].append(g)
         used += need
     return chunks
 
 
-@dataclass(frozen=True, eq=False)
-class _Reads:
-    """Where the loss reads the states: row, column, fact, and for targets the token and its weight."""
-
-    row: Tensor
-    column: Tensor
-    fact: Tensor
-    token: Tensor
-    weight: Tensor
-
-
-class _Search:
-    """One chunk of facts, searched together."""
-
-    def __init__(
-        self, model: Model, found: Sequence[Problem], block: int, side: Literal["down", "residual"], s: ValueEditMethod
-    ) -> None:
-        self.model, self.found, self.block, self.side, self.s = model, found, block, side, s
-        rows = [(i, r, p.anchor(r), False) for i, p in enumerate(found) for r in p.rows]
-        if s.kl_factor:
-            rows += [(i, p.kl, p.kl.subject or 0, True) for i, p in enumerate(found) if p.kl is not None]
-        self.facts = torch.tensor([i for i, *_ in rows], device=model.device)
-        suffix = Suffix.of(model, [r.seen for _, r, *_ in rows], [a for _, _, a, _ in rows], block)
-        with torch.no_grad():
-            self.at = self._activation(suffix)  # (rows, d_model), the activation before any change
-        self.suffix = suffix.above() if side == "residual" else suffix
-        self.targets, self.kl = self._reads(rows)
-
-    def _activation(self, suffix: Suffix) -> Tensor:
-        seen: list[Tensor] = []
-        name = f"blocks.{self.block}.mlp.down" if self.side == "down" else f"blocks.{self.block}"
-        with Trace(self.model) as trace:
-            trace.watch(name, seen.append)
-            suffix.run(upto=self.block)
-        return seen[0].reshape(*suffix.state.shape[:2], -1)[:, 0].clone()
-
-    def _reads(self, rows: Sequence[tuple[int, Row, int, bool]]) -> tuple[_Reads, _Reads]:
-        targets, kl = [], []
-        for number, (i, row, anchor, is_kl) in enumerate(rows):
-            if is_kl:
-                last = len(row.ids) - 1 if self.s.kl_position == "last" else anchor
-                kl.append((number, last - anchor, i, 0, 1.0))
-                continue
-            share = 1 / (len(row.target) * len(self.found[i].rows))
-            targets += [(number, row.prompt + t - anchor, i, token, share) for t, token in enumerate(row.target)]
-        return self._tensors(targets), self._tensors(kl)
-
-    def _tensors(self, reads: list[tuple[int, int, int, int, float]]) -> _Reads:
-        row, column, fact, token = (
-            torch.tensor([r[i] for r in reads], dtype=torch.long, device=self.model.device) for i in range(4)
+@torch.enable_grad()  # a caller may plan inside torch.no_grad
+def _descend(
+    search: Search, s: ValueEditMethod, start: Start | None, temperature: float | None, flat: float
+) -> list[Value]:
+    """Search until every group is done or the steps are used up."""
+    initial = search.initial
+    n, length, device = len(initial), initial.norm(dim=1), initial.device
+    reach = torch.ones(n, device=device) if start is None else start.reach.to(device, torch.float32)
+    anchor = torch.zeros_like(initial) if start is None else start.delta.to(device, torch.float32)
+    delta, pull = anchor.clone(), start.pull if start else 0.0
+    adam, limit = _Adam(delta, s.learning_rate), s.max_drift if search.n_bystanders else 0.0
+    price, best = torch.zeros(n, device=device), _Best(torch.zeros_like(delta))  # no value has no drift
+    active = torch.ones(n, dtype=torch.bool, device=device)
+    losses: list[Tensor] = []
+    live: list[Tensor] = []
+    margins, distances = torch.zeros(n, device=device), list[Tensor]()
+    for step in range(s.n_steps):
+        moved = delta.detach().requires_grad_(True)
+        terms = search.terms(moved + flat * length[:, None] * _noise(moved, s.seed + step) if flat else moved)
+        fit = search.per_group(terms.nll, temperature)
+        if search.aim:
+            fit = terms.distance + search.aim.nll * fit
+        size = moved.norm(dim=1)
+        relative = size / length
+        decay = s.weight_decay * (relative / length if s.weight_decay_form == "published" else relative**2)
+        held = pull * ((moved - anchor).norm(dim=1) / length) ** 2
+        harm = price * (terms.drift - limit) if limit else s.kl_factor * terms.kl + decay
+        loss = fit + harm + held
+        if not torch.isfinite(loss[active]).all():
+            raise ModelError("The search's loss is not finite. Use a lower learning rate or a smaller clamp.")
+        margins = torch.where(active, search.worst_margin(terms.margin), margins)
+        losses.append(loss.detach())
+        live.append(active)
+        away = terms.distance.detach()
+        distances.append(away if not distances else torch.where(active, away, distances[-1]))
+        within = terms.drift.detach() <= limit if limit else active
+        best.see(moved.detach(), fit.detach(), terms.drift.detach(), margins, away, active & within)
+        if search.aim:
+            done = (away < search.aim.stop) | (margins >= s.min_margin if search.asks else away < 0)
+        elif s.stop == "loss":
+            done = (fit if limit else loss).detach() < s.stop_loss
+        else:
+            done = margins >= s.min_margin
+        active = active & ~(done & within)
+        if step == s.n_steps - 1 or not active.any():
+            break
+        (gradient,) = torch.autograd.grad(loss[live[-1] & active].sum(), moved)
+        delta = adam.step(delta, gradient, active)
+        price = (price + s.price_step * (terms.drift.detach() - limit) / limit).clamp(min=0) if limit else price
+        longest = s.clamp * reach[:, None] * length[:, None]
+        delta = delta * (longest / delta.norm(dim=1, keepdim=True).clamp(min=1e-12)).clamp(max=1)
+        search.narrow(active)
+    if limit:
+        delta, margins = best.delta, best.margin
+        distances.append(torch.where(best.fit.isfinite(), best.away, distances[0]))
+    history = torch.stack(losses).cpu()
+    kept = torch.stack(live).cpu()
+    ends = torch.stack([distances[0], distances[-1]], 1).tolist()
+    return [
+        Value(
+            delta[i].detach().cpu(),
+            initial[i].cpu(),
+            tuple(history[kept[:, i], i].tolist()),
+            float(margins[i]),
+            bool(margins[i] > 0),
+            float(best.drift[i]) if limit else None,
+            (ends[i][0], ends[i][1]) if search.aim else None,
         )
-        weight = torch.tensor([r[4] for r in reads], dtype=torch.float32, device=self.model.device)
-        return _Reads(row, column, fact, token, weight)
-
-    @torch.enable_grad()  # a caller may plan inside torch.no_grad
-    def run(self) -> list[Value]:
-        """Search until every fact is done or the steps are used up."""
-        n, s = len(self.found), self.s
-        first_row = torch.tensor([int((self.facts == i).nonzero()[0]) for i in range(n)])
-        initial = self.at[first_row]
-        length = initial.norm(dim=1)
-        delta = torch.zeros_like(initial)
-        adam = _Adam(delta, s.learning_rate)
-        active = torch.ones(n, dtype=torch.bool, device=delta.device)
-        losses: list[list[float]] = [[] for _ in range(n)]
-        margins = torch.zeros(n, device=delta.device)
-        live = _Live(self, active)
-        for step in range(s.n_steps):
-            moved = delta.detach().requires_grad_(True)
-            nll, kl, margin = live.terms(moved)
-            size = moved.norm(dim=1)
-            decay = size / length**2 if s.weight_decay_form == "published" else (size / length) ** 2
-            loss = nll + s.kl_factor * kl + s.weight_decay * decay
-            if not torch.isfinite(loss[active]).all():
-                raise ModelError("The search's loss is not finite. Use a lower learning rate or a smaller clamp.")
-            margins = torch.where(active, margin, margins)
-            for i in active.nonzero()[:, 0].tolist():
-                losses[i].append(float(loss[i].detach()))
-            done = loss.detach() < s.stop_loss if s.stop == "loss" else margin >= s.min_margin
-            active = active & ~done
-            if step == s.n_steps - 1 or not active.any():
-                break
-            (gradient,) = torch.autograd.grad(loss[active].sum(), moved)
-            delta = adam.step(delta, gradient, active)
-            size = delta.norm(dim=1, keepdim=True)
-            delta = delta * (s.clamp * length[:, None] / size.clamp(min=1e-12)).clamp(max=1)
-            live = live.without(active)
-        return [
-            Value(delta[i].cpu(), initial[i].cpu(), tuple(losses[i]), float(margins[i]), bool(margins[i] > 0))
-            for i in range(n)
-        ]
+        for i in range(n)
+    ]
 
 
-class _Live:
-    """The rows of the facts that are still searched; finished ones leave the batch."""
-
-    def __init__(self, search: _Search, active: Tensor, before: Tensor | None = None) -> None:
-        self.search = search
-        keep = active[search.facts]
-        self.rows = keep.nonzero()[:, 0]
-        self.suffix = search.suffix if keep.all() else search.suffix.select(self.rows)
-        self.facts = search.facts[self.rows]
-        self.targets, self.kl = (self._kept(r, keep, active) for r in (search.targets, search.kl))
-        self.n_active = int(active.sum())
-        if before is None:
-            with torch.no_grad():
-                none = torch.zeros(len(search.found), self.suffix.state.shape[2], device=active.device)
-                before = self._log_probabilities(self._states(none), search.kl)
-        self.before = before
-
-    def _kept(self, reads: _Reads, keep: Tensor, active: Tensor) -> _Reads:
-        where = torch.full((len(keep),), -1, device=keep.device)
-        where[self.rows] = torch.arange(len(self.rows), device=keep.device)
-        chosen = active[reads.fact]
-        return _Reads(
-            where[reads.row[chosen]],
-            reads.column[chosen],
-            reads.fact[chosen],
-            reads.token[chosen],
-            reads.weight[chosen],
-        )
-
-    def without(self, active: Tensor) -> _Live:
-        """Drop finished facts once they are a quarter of the batch; until then their gradient is masked."""
-        n = int(active.sum())
-        if n > 0.75 * self.n_active:
-            return self
-        return _Live(self.search, active, self.before)
-
-    def _states(self, delta: Tensor) -> Tensor:
-        """Run the blocks above with each row's delta added in column 0."""
-        suffix, side = self.suffix, self.search.side
-        added = delta[self.facts]
-        if side == "residual":
-            state = suffix.state
-            return suffix.run(torch.cat([(state[:, 0] + added)[:, None], state[:, 1:]], 1))
-
-        def add(out: Tensor) -> Tensor:
-            shaped = out.reshape(*suffix.state.shape[:2], -1)  # some families flatten rows and columns in the MLP
-            return (shaped + functional.pad(added[:, None], (0, 0, 0, shaped.shape[1] - 1))).reshape(out.shape)
-
-        with Trace(suffix.model) as trace:
-            trace.edit(f"blocks.{suffix.first}.mlp.down", add)
-            return suffix.run()
-
-    def _log_probabilities(self, states: Tensor, reads: _Reads) -> Tensor:
-        return self.suffix.model.logits(states[reads.row, reads.column]).float().log_softmax(-1)
-
-    def terms(self, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return each fact's NLL, KL and least margin, (facts,) each; 0 where a fact is not live."""
-        states = self._states(delta)
-        zero = torch.zeros(delta.shape[0], device=delta.device)
-        logp = self._log_probabilities(states, self.targets)
-        said = logp.gather(1, self.targets.token[:, None])[:, 0]
-        nll = zero.index_add(0, self.targets.fact, -said * self.targets.weight)
-        with torch.no_grad():
-            others = logp.scatter(1, self.targets.token[:, None], -torch.inf).amax(1)
-            margin = torch.full_like(zero, torch.inf).scatter_reduce(0, self.targets.fact, said - others, "amin")
-        kl = zero
-        if len(self.kl.fact):
-            now = self._log_probabilities(states, self.kl)
-            before = self.before[torch.isin(self.search.kl.fact, self.kl.fact)]
-            kl = zero.index_add(0, self.kl.fact, divergence(now, before))
-        return nll, kl, margin
+def _noise(like: Tensor, seed: int) -> Tensor:
+    """One random vector of length about 1 for all groups, so that they give the same values together and alone."""
+    xi: Tensor = torch.randn(like.shape[1], generator=torch.Generator().manual_seed(seed))
+    return xi.to(like.device) / math.sqrt(like.shape[1])
 
 
-def divergence(edited: Tensor, original: Tensor) -> Tensor:
-    """Return KL(edited || original) of log-probabilities: edited first, as in the authors' code.
+class _Best:
+    """The step within the limit that says the target best: what a bounded search returns."""
 
-    Shapes:
-        (..., classes) twice -> (...)
-    """
-    return (edited.exp() * (edited - original)).sum(-1)
+    def __init__(self, delta: Tensor) -> None:
+        zero = torch.zeros(len(delta), device=delta.device)
+        self.delta = delta.clone()
+        self.fit = zero + torch.inf
+        self.drift, self.margin, self.away = zero, zero, zero
+
+    def see(self, delta: Tensor, fit: Tensor, drift: Tensor, margin: Tensor, away: Tensor, allowed: Tensor) -> None:
+        better = allowed & (fit < self.fit)
+        self.delta = torch.where(better[:, None], delta, self.delta)
+        new, old = (fit, drift, margin, away), (self.fit, self.drift, self.margin, self.away)
+        self.fit, self.drift, self.margin, self.away = (torch.where(better, n, o) for n, o in zip(new, old))
 
 
 class _Adam:
-    """Adam without decay (betas 0.9, 0.999), per coordinate, whose state moves for active facts only."""
+    """Adam without decay (betas 0.9, 0.999), per coordinate, whose state moves for active groups only."""
 
     def __init__(self, like: Tensor, learning_rate: float) -> None:
         self.first, self.second = torch.zeros_like(like), torch.zeros_like(like)
         self.rate, self.steps = learning_rate, 0
 
     def step(self, delta: Tensor, gradient: Tensor, active: Tensor) -> Tensor:
-        """Return the moved delta; rows of inactive facts stay bit for bit."""
+        """Return the moved delta; rows of inactive groups stay bit for bit."""
         self.steps += 1
         self.first = 0.9 * self.first + 0.1 * gradient
         self.second = 0.999 * self.second + 0.001 * gradient**2

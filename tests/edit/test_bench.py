@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
 import torch
 
-from retouch.edit import bench
+from retouch.change import Dense, apply
+from retouch.edit import _records, bench
 from retouch.edit.bench import Bench, known_facts, parse_methods
-from retouch.edit.evaluate import known
+from retouch.edit.evaluate import examine, grade, known
 from retouch.edit.facts import Fact, Prompt
 from retouch.edit.ft_m import FtM
 from retouch.edit.rome import Rome
+from retouch.edit.score import read_rows
 from retouch.errors import NoEffect, SettingsError, UnknownName, UserError
 from retouch.model import wrap
 from retouch.progress import listen
@@ -46,16 +48,16 @@ class Counted(FtM):
 
     planned: ClassVar[list[str]] = []
 
-    def plan(self, model, facts):
+    def plan(self, model, facts, **how):
         self.planned.extend(f.subject for f in facts)
-        return super().plan(model, facts)
+        return super().plan(model, facts, **how)
 
 
 @dataclass(frozen=True)
 class Idle(FtM):
     """Finds nothing to do."""
 
-    def plan(self, model, facts):
+    def plan(self, model, facts, **how):
         raise NoEffect("The model says all of it already.")
 
 
@@ -72,8 +74,9 @@ def _nothing_planned():
     Counted.planned.clear()
 
 
-def asked(batch_size=1, **settings):
-    return Bench({"counted": Counted(**QUICK | settings)}, batch_size, n_generations=0)
+def asked(batch_size=1, chunk=1, **settings):
+    """Plan fact by fact, or batch by batch."""
+    return Bench({"counted": Counted(**QUICK | settings)}, batch_size, n_generations=0, chunk=chunk)
 
 
 def untimed(result):
@@ -93,12 +96,6 @@ def interrupted(model, out, number, wanted):
         bench.run(model, FACTS, wanted, out, data="facts")
     assert not out.exists()
     return out.with_name(out.name + ".partial")
-
-
-@pytest.fixture
-def single(monkeypatch):
-    """Plan fact by fact."""
-    monkeypatch.setattr(bench, "CHUNK", 1)
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +131,9 @@ def test_the_file_has_the_keys_of_the_contract_and_numbers_only(llama, tmp_path)
         assert all(isinstance(v, float | int) for v in row.values())
         assert all(0 <= row[n] <= 1 for n in wanted - {*TIMES})
         assert row["peak_mib"] > 1
+    assert (read["environment"]["device"], read["environment"]["dtype"]) == ("cpu", "float32")
+    assert (read["environment"]["batch"], read["environment"]["chunk"]) == (1, 16)
+    for row in read["methods"].values():
         assert row["seconds_per_fact"] > 0
     assert list(out.parent.iterdir()) == [out]  # nothing is left beside it
 
@@ -149,9 +149,6 @@ def test_an_edit_that_works_is_seen_in_its_numbers(whole):
 def test_a_batch_goes_into_one_model(llama, whole):
     assert whole[2]["environment"]["batch"] == 2
     assert untimed(whole[2]) != untimed(whole[1])
-    from retouch.change import apply
-    from retouch.edit.evaluate import examine, grade
-
     change = FtM(**QUICK).plan(llama, FACTS[:2])
     exams = examine(llama, FACTS[:2], n_generations=0)
     rows = [grade(apply(llama, change), e) for e in exams]
@@ -185,10 +182,127 @@ def test_no_facts_is_the_users_mistake(llama, tmp_path):
         bench.run(llama, [], asked(), tmp_path / "b.json", data="facts")
 
 
+# Many at once
+
+
+def rows_of(folder, model, facts, wanted):
+    """Run and read every record's numbers; measured times apart."""
+    bench.run(model, facts, replace(wanted, keep_rows=True), folder / "b.json", data="facts")
+    every = read_rows(folder / "b.rows.json")["counted"]
+    return [{n: v for n, v in row.items() if not n.startswith(TIMES)} for row in every]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_records_measured_together_are_each_record_measured_alone(llama, tmp_path, batch_size):
+    alone = rows_of(tmp_path / "alone", llama, FACTS, asked(batch_size))
+    together = rows_of(tmp_path / "together", llama, FACTS, asked(batch_size, chunk=16))
+    assert len(alone) == 4
+    for one, other in zip(alone, together, strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
+    assert alone[0] != pytest.approx(alone[1], abs=1e-4)
+
+
+def test_a_model_larger_than_a_chunk_is_measured_in_parts(llama, tmp_path):
+    parts = rows_of(tmp_path / "parts", llama, FACTS, asked(4, chunk=3))
+    whole = rows_of(tmp_path / "whole", llama, FACTS, asked(4, chunk=4))
+    for one, other in zip(parts, whole, strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
+
+
+def test_distributions_that_were_dropped_are_asked_for_again(llama, tmp_path, monkeypatch):
+    kept = rows_of(tmp_path / "kept", llama, FACTS, asked())
+    monkeypatch.setattr(_records, "KEPT", 0)
+    methods = {"first": FtM(**QUICK), **asked().methods}
+    wanted = Bench(methods, n_generations=0, chunk=1)
+    for one, other in zip(kept, rows_of(tmp_path / "dropped", llama, FACTS, wanted), strict=True):
+        assert one == pytest.approx(other, abs=1e-5)
+
+
+def test_one_of_several_with_nothing_to_do_is_measured_as_unchanged(llama, tmp_path):
+    @dataclass(frozen=True)
+    class Picky(Counted):
+        def plan(self, model, facts, **how):
+            if facts[0].subject == "Italy":
+                raise NoEffect("The model says it already.")
+            return super().plan(model, facts, **how)
+
+    rows = rows_of(tmp_path, llama, FACTS, Bench({"counted": Picky(**QUICK)}, n_generations=0, chunk=4))
+    assert [r["s_same"] == 1 and r["s_kl"] < 1e-6 for r in rows] == [False, True, False, False]
+    assert ["frobenius_norm" in r for r in rows] == [True, False, True, True]
+
+
+# Groups
+
+
+def test_the_facts_of_a_group_go_into_one_model_and_are_counted_together(llama, tmp_path):
+    wanted = Bench(asked().methods, n_generations=0, instructions=True, keep_rows=True)
+    result = bench.run(llama, [FACTS[:2], FACTS[2:3], FACTS[3:]], wanted, tmp_path / "b.json", data="facts")
+    rows = read_rows(tmp_path / "b.rows.json")["counted"]
+    assert Counted.planned == ["France", "Italy", "Brazil", "Japan"]
+    assert rows[0]["frobenius_norm"] == rows[1]["frobenius_norm"] != rows[2]["frobenius_norm"]
+    assert ["all_facts" in r for r in rows] == [True, False, True, True]
+    assert rows[0]["all_facts"] == min(rows[0]["edit_form"], rows[1]["edit_form"])
+    assert rows[0]["all_facts_instruction"] == float(min(r["instruction"] for r in rows[:2]) > 0.5)
+    found = result["methods"]["counted"]
+    assert found["all_facts_n"] == 3
+    assert result["environment"]["groups"] == 3
+    change = FtM(**QUICK).plan(llama, FACTS[:2])
+    exams = examine(llama, FACTS[:2], n_generations=0)
+    for row, exam in zip(rows, exams):
+        graded = grade(apply(llama, change), exam)
+        assert {n: row[n] for n in graded} == pytest.approx(graded, abs=1e-4)
+
+
+def test_a_batch_of_groups_goes_into_one_model(llama, tmp_path):
+    groups = [FACTS[:1], FACTS[1:3], FACTS[3:]]
+    rows = rows_of(tmp_path, llama, groups, Bench(asked().methods, 2, n_generations=0))
+    norms = [r["frobenius_norm"] for r in rows]
+    assert norms[0] == norms[1] == norms[2] != norms[3]
+
+
+def test_an_empty_group_is_the_users_mistake(llama, tmp_path):
+    with pytest.raises(UserError, match="no facts to measure on"):
+        bench.run(llama, [FACTS[:1], []], asked(), tmp_path / "b.json", data="facts")
+
+
+# What a change writes, and what its method tells
+
+
+def test_the_size_of_a_change_is_that_of_its_difference(llama, tmp_path):
+    (row,) = rows_of(tmp_path, llama, FACTS[:1], asked())
+    change = FtM(**QUICK).plan(llama, FACTS[:1])
+    ((name, part),) = change.parts.items()
+    delta = part.delta()
+    assert row["frobenius_norm"] == pytest.approx(float(delta.norm()), rel=1e-4)
+    assert row["spectral_norm"] == pytest.approx(float(torch.linalg.matrix_norm(delta, 2)), rel=1e-4)
+    assert row["share_of_weight"] == pytest.approx(float(delta.norm() / llama.matrix(name).norm()), rel=1e-4)
+
+
+def test_the_searchs_margin_is_told(llama, tmp_path):
+    wanted = Bench({"counted": Rome(block=1, n_steps=3, contexts="plain")}, n_generations=0)
+    rows = rows_of(tmp_path, llama, FACTS[:2], wanted)
+    notes = Rome(block=1, n_steps=3, contexts="plain").plan_each(llama, [[f] for f in FACTS[:2]])
+    for row, change in zip(rows, notes, strict=True):
+        assert row["margin_nats"] == pytest.approx(change.notes["facts"][0]["margin"], abs=1e-4)
+
+
+def test_a_change_that_is_not_finite_stops_the_bench(llama, tmp_path):
+    @dataclass(frozen=True)
+    class Burst(FtM):
+        def plan(self, model, facts, **how):
+            change = super().plan(model, facts, **how)
+            ((name, part),) = change.parts.items()
+            return replace(change, parts={name: Dense(part.difference * torch.inf)})
+
+    wanted = Bench({"burst": Burst(**QUICK)}, n_generations=0)
+    with pytest.raises(NoEffect, match="not finite"):
+        bench.run(llama, FACTS[:2], wanted, tmp_path / "b.json", data="facts")
+
+
 # Going on
 
 
-def test_an_interrupted_bench_goes_on_and_plans_nothing_twice(llama, tmp_path, single, whole):
+def test_an_interrupted_bench_goes_on_and_plans_nothing_twice(llama, tmp_path, whole):
     partial = interrupted(llama, tmp_path / "b.json", 3, asked())
     assert len([line for line in partial.read_text().splitlines() if line]) == 2
     Counted.planned.clear()
@@ -206,7 +320,7 @@ def test_an_interrupted_batch_is_planned_again_as_a_whole(llama, tmp_path, whole
     assert untimed(result) == untimed(whole[2])
 
 
-def test_a_torn_last_line_is_ignored_and_swallows_nothing_that_follows(llama, tmp_path, single, whole):
+def test_a_torn_last_line_is_ignored_and_swallows_nothing_that_follows(llama, tmp_path, whole):
     out = tmp_path / "b.json"
     partial = interrupted(llama, out, 3, asked())
     torn = partial.read_text().rstrip("\n")
@@ -220,8 +334,10 @@ def test_a_torn_last_line_is_ignored_and_swallows_nothing_that_follows(llama, tm
     assert untimed(result) == untimed(whole[1])
 
 
-@pytest.mark.parametrize("how", ["settings", "batch", "seed", "generations", "facts", "model"])
-def test_other_settings_do_not_reuse_what_was_measured(llama, tiny, tmp_path, single, how):
+@pytest.mark.parametrize(
+    "how", ["settings", "batch", "seed", "generations", "instructions", "chunk", "groups", "facts", "model"]
+)
+def test_other_settings_do_not_reuse_what_was_measured(llama, tiny, tmp_path, how):
     interrupted(llama, tmp_path / "b.json", 3, asked())
     Counted.planned.clear()
     model, facts, wanted = llama, FACTS, asked()
@@ -231,21 +347,28 @@ def test_other_settings_do_not_reuse_what_was_measured(llama, tiny, tmp_path, si
         case "batch":
             wanted = asked(2)
         case "seed":
-            wanted = Bench(wanted.methods, seed=1, n_generations=0)
+            wanted = Bench(wanted.methods, seed=1, n_generations=0, chunk=1)
         case "generations":
-            wanted = Bench(wanted.methods, n_generations=1)
+            wanted = Bench(wanted.methods, n_generations=1, chunk=1)
+        case "instructions":
+            wanted = Bench(wanted.methods, n_generations=0, instructions=True, chunk=1)
+        case "chunk":
+            wanted = asked(chunk=2)
+        case "groups":
+            facts = [FACTS[:2], FACTS[2:]]
         case "facts":
             facts = [FACTS[1], FACTS[0], *FACTS[2:]]
         case "model":
             model = wrap(*tiny("llama", seed=1), source="tiny llama")
     bench.run(model, facts, wanted, tmp_path / "b.json", data="facts")
-    assert Counted.planned == [f.subject for f in facts]
+    flat = [f for g in facts for f in (g if isinstance(g, list) else [g])]
+    assert Counted.planned == [f.subject for f in flat]
 
 
-def test_another_method_is_added_beside_what_was_measured(llama, tmp_path, single):
+def test_another_method_is_added_beside_what_was_measured(llama, tmp_path):
     interrupted(llama, tmp_path / "b.json", 3, asked())
     Counted.planned.clear()
-    both = Bench({"rome": Rome(block=1, n_steps=2, contexts="plain"), **asked().methods}, n_generations=0)
+    both = Bench({"rome": Rome(block=1, n_steps=2, contexts="plain"), **asked().methods}, n_generations=0, chunk=1)
     result = bench.run(llama, FACTS, both, tmp_path / "b.json", data="facts")
     assert Counted.planned == ["Brazil", "Japan"]
     assert list(result["methods"]) == ["rome", "counted"]

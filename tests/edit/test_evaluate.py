@@ -8,13 +8,24 @@ import statistics
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from retouch import measure
-from retouch.edit import evaluate
-from retouch.edit.evaluate import examine, generate, grade, harmonic, hit, known, neutral_of, summarise
+from retouch.change import Change, Dense, LowRank, apply
+from retouch.edit import written
+from retouch.edit.evaluate import (
+    Generated,
+    examine,
+    generate,
+    grade,
+    grade_all,
+    hit,
+    known,
+    look_again,
+    neutral_of,
+    summarise,
+)
 from retouch.edit.facts import Fact, Prompt, is_stop
+from retouch.edit.instructions import conversations
 from retouch.model import wrap
 from retouch.tokens import Text, encode
 
@@ -198,17 +209,7 @@ def test_a_hit_is_the_new_answer_in_whole_words_and_not_the_old_one_before_it(sa
     assert hit(said, wanted, old) is verdict
 
 
-# Means, scores and intervals
-
-
-def test_the_harmonic_mean_is_that_of_the_statistics_module_and_0_with_a_0():
-    assert harmonic([0.9, 0.5, 0.25]) == pytest.approx(statistics.harmonic_mean([0.9, 0.5, 0.25]))
-    assert harmonic([1.0, 1.0, 0.0]) == 0
-
-
-@given(st.lists(st.floats(0.01, 1), min_size=1, max_size=5))
-def test_the_harmonic_mean_lies_between_the_least_and_the_plain_mean(values):
-    assert min(values) - 1e-9 <= harmonic(values) <= statistics.fmean(values) + 1e-9
+# Means
 
 
 def test_a_records_own_mean_comes_before_the_mean_over_records(llama):
@@ -224,43 +225,6 @@ def test_a_records_own_mean_comes_before_the_mean_over_records(llama):
         assert row["s_specificity"] == statistics.fmean(old.nll < new.nll for old, new in said)
     merged = summarise(rows, ["France", "Italy"])
     assert merged["s_specificity"] == pytest.approx(statistics.fmean(r["s_specificity"] for r in rows))
-
-
-def test_intervals_are_drawn_over_subjects_and_not_over_records():
-    rows = [{"efficacy": v} for v in (1.0, 0.0) * 10]
-    same = summarise(rows, ["one", "one"] * 10)  # a single subject: nothing to draw
-    assert (same["efficacy_low"], same["efficacy"], same["efficacy_high"]) == (0.5, 0.5, 0.5)
-    pairs = summarise(rows, [f"s{i // 2}" for i in range(20)])  # each subject has a 1 and a 0
-    assert (pairs["efficacy_low"], pairs["efficacy_high"]) == (0.5, 0.5)
-    apart = summarise(rows, [f"s{i}" for i in range(20)])
-    assert apart["efficacy_low"] < 0.35 < 0.65 < apart["efficacy_high"]
-    assert summarise(rows, [f"s{i}" for i in range(20)]) == apart
-
-
-def test_a_subject_with_more_records_weighs_more():
-    found = summarise([{"efficacy": 1.0}] * 3 + [{"efficacy": 0.0}], ["big"] * 3 + ["small"])
-    assert found["efficacy"] == 0.75
-    assert (found["efficacy_low"], found["efficacy_high"]) == (0.0, 1.0)
-
-
-def test_missing_metrics_are_counted_and_do_not_weigh():
-    found = summarise([{"efficacy": 1.0, "paraphrase": 1.0}, {"efficacy": 0.0}, {"efficacy": 0.0}], ["a", "b", "c"])
-    assert found["paraphrase"] == 1.0
-    assert found["paraphrase_n"] == 1
-    assert "efficacy_n" not in found
-    assert (found["paraphrase_low"], found["paraphrase_high"]) == (1.0, 1.0)  # where nobody has it, nothing is said
-
-
-def test_scores_are_harmonic_means_of_what_was_measured():
-    row = {"efficacy": 1.0, "paraphrase": 0.5, "s_specificity": 0.25}
-    assert summarise([row], ["a"])["score_classic"] == pytest.approx(statistics.harmonic_mean(row.values()))
-    assert "score" not in summarise([row], ["a"])
-    whole = row | {"r_specificity": 0.8}
-    found = summarise([whole], ["a"])
-    assert found["score"] == pytest.approx(statistics.harmonic_mean(whole.values()))
-    assert found["score_classic"] == pytest.approx(statistics.harmonic_mean(row.values()))
-    assert summarise([whole | {"r_specificity": 0.0}], ["a"])["score"] == 0
-    assert "score_classic" not in summarise([{"efficacy": 1.0}], ["a"])
 
 
 # A model that nobody edited
@@ -325,7 +289,7 @@ def test_texts_are_the_same_each_time_and_use_each_generation_prompt(llama, monk
         asked.append(list(prompts))
         return real(model, prompts, *args, **kwargs)
 
-    monkeypatch.setattr(evaluate, "continuations", heard)
+    monkeypatch.setattr(written, "continuations", heard)
     one = generate(llama, [FACT, BARE], n_generations=3, seed=5)
     assert asked[1] == [FACT.generation[0], FACT.generation[1], FACT.generation[0], *[BARE.filled] * 3]
     assert generate(llama, [FACT, BARE], n_generations=3, seed=5) == one
@@ -344,3 +308,110 @@ def test_known_facts_are_those_whose_truth_is_likelier(llama):
             old, new = measure.answers(llama, texts)
             assert verdict is (old.nll < new.nll)
     assert known(llama, []) == []
+
+
+# Many edited models at once
+
+
+def _drawn(*shape, seed):
+    return 0.3 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def changes_of(model, kind):
+    """One change for two records, one for the third, none for the last."""
+    name, base = "blocks.1.mlp.down", model.base_fingerprint
+    out, into = model.anatomy.shape(name)
+    parts = {
+        "low": [LowRank(_drawn(out, r, seed=r), _drawn(r, into, seed=r + 9)) for r in (1, 3)],
+        "high": [LowRank(_drawn(out, r, seed=r), 0.1 * _drawn(r, into, seed=r + 9)) for r in (2, 20)],
+        "dense": [Dense(_drawn(out, into, seed=s)) for s in (1, 2)],
+    }[kind]
+    one, two = (Change("test", base, {name: part}) for part in parts)
+    return [one, one, two, Change("none", base, {})]
+
+
+MANY = [FACT, BARE, Fact("The {} is in", "Eiffel Tower", "Rome, in Italy", truth="Paris", related=FACT.related), FACT]
+
+
+@pytest.mark.parametrize(("family", "kind"), [("llama", "low"), ("gpt2", "high"), ("opt", "dense")])
+def test_records_graded_together_are_each_applied_and_graded_alone(tiny, family, kind):
+    model = wrap(*tiny(family), source=family)
+    changes = changes_of(model, kind)
+    exams = examine(model, MANY, n_generations=0)
+    neutral = neutral_of(model, 40)
+    texts = generate(model, MANY, changes, n_generations=0, instructions=True)
+    rows = grade_all(model, exams, changes, generated=texts, neutral=neutral)
+    for i, (exam, change, row) in enumerate(zip(exams, changes, rows, strict=True)):
+        alone = apply(model, change) if change.parts else model
+        text = generate(alone, [exam.fact], n_generations=0, instructions=True)[0]
+        assert texts[i] == text
+        assert row == pytest.approx(grade(alone, exam, generated=text, neutral=neutral), abs=2e-4, rel=1e-4)
+    assert rows[3]["s_same"] == rows[3]["r_same"] == 1
+    assert rows[0]["s_kl"] > 1e-5 > rows[3]["s_kl"]
+
+
+def test_one_model_is_graded_for_many_records_in_one_go(llama):
+    exams = examine(llama, MANY, n_generations=0)
+    together = grade_all(llama, exams, neutral=neutral_of(llama))
+    for exam, row in zip(exams, together, strict=True):
+        assert row == pytest.approx(grade(llama, exam, neutral=neutral_of(llama)), abs=1e-5)
+
+
+def test_dropped_distributions_come_back(llama):
+    exams = examine(llama, MANY, n_generations=0)
+    dropped = [e.forgotten() for e in exams]
+    assert all(len(e.logp) == 0 for e in dropped)
+    for one, other in zip(exams, look_again(llama, dropped), strict=True):
+        torch.testing.assert_close(one.logp, other.logp)
+
+
+# Gold answers, skipped prompts, instructions
+
+
+def test_gold_answers_are_compared_with_the_target(bigrams, tiny_tokenizer):
+    (row,) = encode(tiny_tokenizer, [Text(ASK, target="euro")])
+    chain = dict(zip((row.ids[row.prompt], *row.target), row.target))
+    model = bigrams({one: {two: -0.05} for one, two in chain.items()})
+    right, wrong = about(Prompt(ASK, "euro"), Prompt(ASK)), about(Prompt(ASK, "Lyon"), Prompt(ASK, "euro"))
+    exams = examine(model, [right, wrong, about(Prompt(ASK))], n_generations=0)
+    one, two, none = (grade(model, e) for e in exams)
+    assert (one["r_gold"], one["r_gold_strict"], one["r_gold_tokens"]) == (1, 1, 1)
+    assert (two["r_gold"], two["r_gold_strict"]) == (0.5, 0.5)  # the target itself is not likelier than the target
+    assert not any(n.startswith("r_gold") for n in none)
+
+
+def test_prompts_whose_old_answer_begins_the_target_are_skipped_and_counted(bigrams, words, tiny_tokenizer):
+    end = last(tiny_tokenizer, ASK)
+    first, other = [w for w in words if w != end and tiny_tokenizer.decode([w]).startswith(" ")][:2]
+    fact = Fact("The capital of {} is", "France", tiny_tokenizer.decode([first]), truth="Paris", related=[Prompt(ASK)])
+    model = bigrams({end: {first: -0.5}})
+    (exam,) = examine(model, [fact], n_generations=0)
+    assert exam.gold == (first,)
+    row = grade(model, exam)
+    assert (row["r_skipped"], row["r_specificity"]) == (1, 0)
+    assert "r_specificity_mean" not in row
+    (exam,) = examine(bigrams({end: {other: -0.5}}), [fact], n_generations=0)
+    row = grade(model, exam)
+    assert (row["r_skipped"], row["r_specificity_mean"]) == (0, 0)
+
+
+def test_instruction_is_the_mean_over_the_forms_and_gap_what_the_prompt_has_more(llama):
+    exam = examine(llama, [FACT], n_generations=0)[0]
+    said = {"question": "It is Lyon.", "sentence": "Paris, not Lyon", "system": "lyon", "dialogue": "I do not know."}
+    row = grade(llama, exam, generated=Generated("Lyon", None, said))
+    assert (row["edit_form"], row["instruction"], row["gap"]) == (1, 0.5, 0.5)
+    assert {n: v for n, v in row.items() if n.startswith("instruction_")} == {
+        "instruction_question": 1,
+        "instruction_sentence": 0,
+        "instruction_system": 1,
+        "instruction_dialogue": 0,
+    }
+    without = grade(llama, exam, generated=Generated("Lyon", None))
+    assert not {"instruction", "gap"} & without.keys()
+
+
+def test_instructions_are_what_the_model_says_to_each_conversation(llama):
+    (text,) = generate(llama, [FACT], n_generations=0, instructions=True)
+    for form, ids in conversations(llama.tokenizer, FACT).items():
+        assert text.instructed[form] == measure.continuations(llama, [ids], 32)[0]
+    assert text.said == measure.continuations(llama, [FACT.filled], 16)[0]

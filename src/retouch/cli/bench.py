@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,6 +12,11 @@ from . import _show
 __all__ = ["app"]
 
 app = typer.Typer(help="Measure all methods of a verb on one set, in one harness.", no_args_is_help=True)
+_COLUMNS = (
+    *("efficacy", "paraphrase", "s_specificity", "r_specificity", "score", "score_classic", "edit_form"),
+    *("instruction", "gap", "all_facts", "all_facts_instruction", "fluency", "neighbors_same"),
+    *("perplexity_ratio", "seconds_per_fact", "peak_mib"),
+)
 
 
 @app.callback()
@@ -21,42 +26,62 @@ def _() -> None:
 
 @app.command()
 def edit(
-    data: Annotated[Path, typer.Option(help="A file of facts in any known format.")],
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(help="A file of facts in any known format, several to mix them; or a suite's data folder."),
+    ] = None,
+    suite: Annotated[
+        str, typer.Option(help="counterfact, same-subject, knowedit, zsre or sequential, from RETOUCH_DATA.")
+    ] = "",
     model: Annotated[str, typer.Option(help="A folder, a hub id, a .gguf file, or smollm2.")] = "smollm2",
     methods: Annotated[str, typer.Option(help="Names, with settings if you like: rome,memit:metric=identity")] = (
         "ft-l,ft-m,rome,memit"
     ),
-    n: Annotated[int, typer.Option(help="How many facts.")] = 100,
+    n: Annotated[int, typer.Option(help="How many facts; same-subject: how many subjects.")] = 100,
+    group_size: Annotated[int, typer.Option(help="Facts of one subject (same-subject): 1, 2, 4 or 8.")] = 4,
     known: Annotated[bool, typer.Option(help="Only facts whose true answer the unedited model prefers.")] = False,
-    batch: Annotated[int, typer.Option(help="Facts written into one model at once; 1 edits each alone.")] = 1,
+    batch: Annotated[int, typer.Option(help="Facts, or groups, written into one model at once; 1: each alone.")] = 1,
     generations: Annotated[int, typer.Option(help="Generation prompts of a fact, for fluency; 0: none.")] = 2,
+    instructions: Annotated[
+        bool | None, typer.Option(help="Ask in five conversations too; by default with same-subject.")
+    ] = None,
+    chunk: Annotated[int, typer.Option(help="Records measured at once; 0: 16 on a CPU, else 128.")] = 0,
+    rows: Annotated[bool, typer.Option(help="Keep every record's numbers beside the result.")] = False,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     skip_bad: Annotated[bool, typer.Option(help="Leave out records that cannot be used, and count them.")] = False,
     json_: Annotated[Path, typer.Option("--json", help="The result.")] = Path("bench-edit.json"),
 ) -> None:
     """Measure editing methods on real facts; an interrupted run goes on when the same command is given again."""
     from ..edit import bench
-    from ..edit.facts import disjoint, load
+    from ..edit._sets import Asked, apart, draw
     from ..errors import UserError
 
     chosen = bench.parse_methods(methods, seed)
-    if batch < 1 or generations < 0 or n < 1:
-        raise UserError("--n and --batch must be at least 1, --generations at least 0.")
-    facts = load(data, None if known else n, bad="skip" if skip_bad else "error")
+    if batch < 1 or generations < 0 or n < 1 or chunk < 0:
+        raise UserError("--n and --batch must be at least 1, --generations at least 0, --chunk at least 0.")
+    asked = Asked(suite, tuple(data or ()), n, group_size, known, seed, skip_bad)
     from ..model import open_model
 
     with _show.progress():
         opened = open_model(model)
-        if known:
-            facts = bench.known_facts(opened, facts, n)
-        if batch > 1:
-            facts = disjoint(facts)
-        asked = bench.Bench(chosen, batch, generations, seed)
-        result = bench.run(opened, facts, asked, json_, data=data.name)
-    names = ["efficacy", "paraphrase", "s_specificity", "r_specificity", "score", "score_classic", "fluency"]
-    names += ["perplexity_ratio", "seconds_per_fact", "peak_mib"]
-    rows = [[m, *(v.get(k) for k in names)] for m, v in result["methods"].items()]
-    kept = [i for i in range(len(names) + 1) if i == 0 or any(r[i] is not None for r in rows)]
-    heads = ["method", *names]
-    _show.table(f"{len(facts)} facts of {data.name}", [heads[i] for i in kept], [[r[i] for i in kept] for r in rows])
-    _show.console().print(f"Saved as {json_}.", markup=False)
+        groups = draw(opened, asked, json_)
+        if suite == "sequential":
+            from ..edit import sequence
+
+            result = sequence.run_bench(
+                opened, [f for g in groups for f in g], chosen, batch, json_, data=asked.name, seed=seed
+            )
+        else:
+            ask = suite == "same-subject" if instructions is None else instructions
+            wanted = bench.Bench(chosen, batch, generations, seed, ask, chunk, rows)
+            result = bench.run(opened, apart(groups, batch), wanted, json_, data=asked.name)
+    _shown(result, json_)
+
+
+def _shown(result: dict[str, Any], out: Path) -> None:
+    table = [[m, *(v.get(k) for k in _COLUMNS)] for m, v in result["methods"].items()]
+    kept = [i for i in range(len(_COLUMNS) + 1) if i == 0 or any(row[i] is not None for row in table)]
+    heads = ["method", *_COLUMNS]
+    title = f"{result['n']} facts of {result['data']}"
+    _show.table(title, [heads[i] for i in kept], [[row[i] for i in kept] for row in table])
+    _show.console().print(f"Saved as {out}.", markup=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,20 +13,21 @@ from typing import Any
 import torch
 
 from .. import registry, store
-from ..change import Change, apply, versions
-from ..errors import NoEffect, UserError
-from ..measure import watched
+from ..change import versions
+from ..errors import UserError
 from ..model import Model
 from ..progress import report
 from ..settings import from_flags
+from ._records import Plan, Work
 from .base import EditMethod
-from .evaluate import Exam, Neutral, examine, generate, grade, known, neutral_of, summarise
+from .evaluate import known
 from .facts import Fact
+from .score import summarise
 
 __all__ = ["Bench", "environment", "known_facts", "parse_methods", "run"]
 
-CHUNK = 16
-"""Facts planned together; what an interrupted bench repeats at most."""
+PEAKS = ("peak_mib", "device_peak_mib")
+"""Of these the result gives the largest; of everything else the mean."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +36,21 @@ class Bench:
 
     Attributes:
         methods: Methods by the name they have in the result.
-        batch_size: Facts written into one model at once; 1 edits each fact alone.
+        batch_size: Groups written into one model at once; 1 edits each group (each fact, where facts come alone) alone.
         n_generations: Generation prompts of a fact that are continued for fluency.
         seed: Of everything random.
+        instructions: Ask for each fact in the five forms of `retouch.edit.instructions` too.
+        chunk: Records that are planned and measured together; 0: 16 on the CPU, else 128. Sampled texts depend on it.
+        keep_rows: Keep every record's numbers beside the result, as ``OUT.rows.json``; see `score.read_rows`.
     """
 
     methods: Mapping[str, EditMethod]
     batch_size: int = 1
     n_generations: int = 2
     seed: int = 0
+    instructions: bool = False
+    chunk: int = 0
+    keep_rows: bool = False
 
 
 def parse_methods(text: str, seed: int = 0) -> dict[str, EditMethod]:
@@ -76,24 +83,33 @@ def known_facts(model: Model, facts: Sequence[Fact], n: int) -> list[Fact]:
     return kept[:n]
 
 
-def environment() -> dict[str, Any]:
-    """Say on what the numbers were measured."""
+def environment(model: Model | None = None) -> dict[str, Any]:
+    """Say on what the numbers were measured.
+
+    Args:
+        model: Tells its own device and type; without it the first accelerator is named, if there is one.
+    """
     processor = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         processor = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), processor)
     except OSError:
         pass
+    on_cuda = torch.cuda.is_available() if model is None else model.device.type == "cuda"
+    device = "cpu" if model is None else model.device.type
     return {
         **versions(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": torch.cuda.get_device_name(model.device if model else None) if on_cuda else device,
         "processor": processor,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        **({} if model is None else {"dtype": str(next(model.network.parameters()).dtype).removeprefix("torch.")}),
     }
 
 
-def run(model: Model, facts: Sequence[Fact], bench: Bench, out: Path, *, data: str) -> dict[str, Any]:
+def run(
+    model: Model, groups: Sequence[Fact] | Sequence[Sequence[Fact]], bench: Bench, out: Path, *, data: str
+) -> dict[str, Any]:
     """Measure every method on every fact and write the result; goes on where an interrupted run stopped.
 
     Each finished record is one line in ``OUT.partial``, flushed to disk; a run with the same model, facts, methods and
@@ -101,7 +117,7 @@ def run(model: Model, facts: Sequence[Fact], bench: Bench, out: Path, *, data: s
 
     Args:
         model: The unedited model.
-        facts: The facts.
+        groups: The facts; or groups of facts, e.g. those of one subject, that are written together.
         bench: What to measure.
         out: The JSON file to write.
         data: Name of the facts' source, for the record.
@@ -109,87 +125,56 @@ def run(model: Model, facts: Sequence[Fact], bench: Bench, out: Path, *, data: s
     Returns:
         The JSON object: verb, model, data, n, seed, environment, methods.
     """
-    if not facts:
-        raise UserError("There are no facts to measure on.")
-    key = store.key(
-        model=model.fingerprint,
-        facts=[f.to_dict() for f in facts],
-        batch=bench.batch_size,
-        generations=bench.n_generations,
-        seed=bench.seed,
-    )
-    partial = _Partial(out.with_name(out.name + ".partial"), key)
+    plan = Plan.of(model, groups, bench)
+    partial = _Partial(out.with_name(out.name + ".partial"), _key(model, plan, bench))
     done = {name: partial.rows(name, m) for name, m in bench.methods.items()}
     result: dict[str, Any] = {
         "verb": "edit",
         "model": model.source,
         "data": data,
-        "n": len(facts),
+        "n": len(plan.facts),
         "seed": bench.seed,
         "environment": {
-            **environment(),
+            **environment(model),
             "batch": bench.batch_size,
+            "chunk": plan.size,
+            "groups": len(plan.groups),
             "settings": {name: m.to_dict() for name, m in bench.methods.items()},
         },
         "methods": {},
     }
-    neutral = neutral_of(model)
-    exams = examine(model, facts, n_generations=bench.n_generations, seed=bench.seed)
+    work = Work(model, plan, bench)
+    kept = []
     for name, method in bench.methods.items():
         rows = done[name]
-        for i, row in _records(model, exams, method, bench, neutral, rows, name):
+        for i, row in work.records(name, method, rows):
             rows[i] = row
             partial.add(name, method, i, row)
-        ordered = [rows[i] for i in range(len(facts))]
-        result["methods"][name] = summarise(ordered, [f.subject or f.filled for f in facts], bench.seed)
-        result["methods"][name]["peak_mib"] = max(r["peak_mib"] for r in ordered)
+        ordered = [rows[i] for i in range(len(plan.facts))]
+        kept += [
+            {"method": name, "number": i, "subject": s, "row": row}
+            for i, (s, row) in enumerate(zip(plan.subjects, ordered))
+        ]
+        result["methods"][name] = summarise(ordered, plan.subjects, bench.seed)
+        result["methods"][name] |= {n: max(r[n] for r in ordered) for n in ordered[0] if n in PEAKS}
+    if bench.keep_rows:
+        store.write_json_atomic(out.with_name(out.name.removesuffix(".json") + ".rows.json"), kept)
     store.write_json_atomic(out, result)
     partial.path.unlink(missing_ok=True)
     return result
 
 
-def _records(
-    model: Model,
-    exams: Sequence[Exam],
-    method: EditMethod,
-    bench: Bench,
-    neutral: Neutral,
-    done: Mapping[int, dict[str, float]],
-    name: str,
-) -> Iterator[tuple[int, dict[str, float]]]:
-    alone = bench.batch_size == 1
-    size = CHUNK if alone else bench.batch_size
-    report(f"{name}: records", len(done), len(exams))
-    for start in range(0, len(exams), size):
-        numbers = range(start, min(start + size, len(exams)))
-        if all(i in done for i in numbers):
-            continue
-        facts = [exams[i].fact for i in numbers]
-        with watched() as cost:
-            changes = _planned(method, model, facts, alone)
-        joint = apply(model, changes[0]) if changes and not alone else model
-        with_each = changes if alone else None
-        texts = generate(joint, facts, with_each, n_generations=bench.n_generations, seed=bench.seed)
-        for k, i in enumerate(numbers):
-            edited = apply(model, changes[k]) if changes and alone else joint
-            row = grade(edited, exams[i], generated=texts[k], neutral=neutral)
-            row["seconds_per_fact"] = cost.seconds / len(facts)
-            row["peak_mib"] = cost.peak_mib
-            if changes:
-                norms = changes[k if alone else 0].norms(model).values()
-                row["share_of_weight"] = max(v["share_of_weight"] for v in norms)
-                row["frobenius_norm"] = sum(v["frobenius"] ** 2 for v in norms) ** 0.5
-            report(f"{name}: records", i + 1, len(exams))
-            if i not in done:
-                yield i, row
-
-
-def _planned(method: EditMethod, model: Model, facts: Sequence[Fact], alone: bool) -> list[Change]:
-    """Plan; empty when the method finds that the model says everything already."""
-    try:
-        return method.plan_each(model, facts) if alone else [method.plan(model, facts)]
-    except NoEffect:
-        return []
+def _key(model: Model, plan: Plan, bench: Bench) -> str:
+    return store.key(
+        model=model.fingerprint,
+        facts=[f.to_dict() for f in plan.facts],
+        groups=[len(g) for g in plan.groups] if plan.grouped else [],
+        batch=bench.batch_size,
+        generations=bench.n_generations,
+        instructions=bench.instructions,
+        chunk=plan.size,
+        seed=bench.seed,
+    )
 
 
 class _Partial:

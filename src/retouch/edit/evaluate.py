@@ -1,29 +1,31 @@
 """What an edit did: to the fact, its paraphrases, its neighbours and its subject's other relations.
 
-The model before the edit is measured once (`examine`), each edited model against that (`grade`). A record's own means
-come first, then the mean over records, with a bootstrap interval over subjects.
+The model before the edit is measured once (`examine`), each edited model against that (`grade`), or many edited models
+at once (`grade_all`). A record's own means come first, then the mean over records (`summarise`), with a bootstrap
+interval over subjects.
 """
 
 from __future__ import annotations
 
 import math
-import re
-import unicodedata
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
+from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ..change import Change, side_by_side
-from ..measure import Answer, answers, continuations, next_logp, ngram_entropy, perplexity
+from ..change import Change
+from ..lanes import Owners
+from ..measure import Answer, Before, Shift, answers, continuations, look, next_logp, perplexities, perplexity
 from ..model import Model
-from ..progress import report, track
+from ..progress import report
 from ..stats import bundled_text
 from ..tokens import Bos, Text
-from .facts import Fact, is_stop
+from .facts import Fact, Prompt, is_stop
+from .score import harmonic, summarise
+from .written import Generated, generate, hit, owned
 
 __all__ = [
     "Exam",
@@ -32,12 +34,16 @@ __all__ = [
     "examine",
     "generate",
     "grade",
+    "grade_all",
     "harmonic",
     "hit",
     "known",
+    "look_again",
     "neutral_of",
     "summarise",
 ]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,8 +54,8 @@ class Exam:
         fact: The fact.
         truth: The old answer: the fact's own, or the model's greedy one.
         gold: For each related prompt the token that stands for the old answer.
-        argmax: The likeliest next token after each neighbour and each related prompt.
-        logp: Its whole distribution, (prompts, vocabulary).
+        logp: Log P of the next token after each neighbour and each related prompt, (prompts, vocabulary), where the
+            model runs.
         bits: N-gram entropy of the texts generated before the edit; None when there are no generation prompts.
     """
 
@@ -63,6 +69,10 @@ class Exam:
     def argmax(self) -> Tensor:
         """The likeliest next token after each neighbour, then after each related prompt."""
         return self.logp.argmax(1)
+
+    def forgotten(self) -> Exam:
+        """Drop the distributions, which are by far the largest part; `look_again` brings them back."""
+        return replace(self, logp=self.logp.new_empty(0, self.logp.shape[1]))
 
 
 @dataclass(frozen=True)
@@ -80,12 +90,14 @@ def neutral_of(model: Model, n_tokens: int = 256) -> Neutral:
     return Neutral(text, n_tokens, perplexity(model, text, n_tokens))
 
 
-def _texts(fact: Fact) -> list[Text]:
-    return [Text(p.prompt) for p in (*fact.neighbors, *fact.related)]
-
-
 def examine(
-    model: Model, facts: Sequence[Fact], *, n_generations: int = 2, seed: int = 0, bos: Bos = "tokenizer"
+    model: Model,
+    facts: Sequence[Fact],
+    *,
+    n_generations: int = 2,
+    seed: int = 0,
+    bos: Bos = "tokenizer",
+    batch_size: int = 16,
 ) -> list[Exam]:
     """Measure the model before any edit, once for all methods.
 
@@ -95,78 +107,40 @@ def examine(
         n_generations: How many of a fact's generation prompts are continued for fluency.
         seed: Of the sampling.
         bos: Beginning-of-text rule.
+        batch_size: Facts of one batch of sampling; the same as that of `generate` after the edit.
     """
-    exams = []
-    for fact in track(facts, "Before the edits"):
-        texts = _texts(fact)
-        logp = next_logp(model, texts, bos) if texts else torch.empty(0, model.anatomy.vocab_size)
-        gold = tuple(_gold(model, row) for row in logp[len(fact.neighbors) :])
-        truth = fact.truth or continuations(model, [fact.filled], 4)[0].strip().split("\n")[0] or "the"
-        exams.append(Exam(fact, truth, gold, logp, None))
-    texts_before = generate(model, facts, n_generations=n_generations, seed=seed)
-    return [replace(e, bits=g.bits) for e, g in zip(exams, texts_before)]
+    if not facts:
+        return []
+    report("Before the edits", 0, len(facts))
+    unknown = [f for f in facts if not f.truth]
+    said = dict(zip(map(id, unknown), continuations(model, [f.filled for f in unknown], 4)))
+    truths = [f.truth or said[id(f)].strip().split("\n")[0] or "the" for f in facts]
+    texts = generate(model, facts, n_generations=n_generations, edit_form=False, seed=seed, batch_size=batch_size)
+    logps = _next(model, facts, bos)
+    golds = [tuple(_gold(model, row) for row in logp[len(f.neighbors) :]) for f, logp in zip(facts, logps)]
+    report("Before the edits", len(facts), len(facts))
+    return [Exam(*each) for each in zip(facts, truths, golds, logps, [t.bits for t in texts])]
+
+
+def look_again(model: Model, exams: Sequence[Exam], bos: Bos = "tokenizer") -> list[Exam]:
+    """Ask the unedited model anew for distributions that were dropped."""
+    return [replace(e, logp=logp) for e, logp in zip(exams, _next(model, [e.fact for e in exams], bos))]
+
+
+def _next(model: Model, facts: Sequence[Fact], bos: Bos) -> list[Tensor]:
+    sizes = [len(f.neighbors) + len(f.related) for f in facts]
+    texts = [Text(p.prompt) for f in facts for p in _around(f)]
+    return list(torch.split(next_logp(model, texts, bos, device=model.device), sizes))
+
+
+def _around(fact: Fact) -> tuple[Prompt, ...]:
+    return (*fact.neighbors, *fact.related)
 
 
 def _gold(model: Model, logp: Tensor, among: int = 20) -> int:
     """Pick the likeliest next token that is no stop word; the likeliest one if all are."""
     top: list[int] = logp.topk(min(among, len(logp))).indices.tolist()
     return next((t for t in top if not is_stop(model.tokenizer.decode([t]).strip())), top[0])
-
-
-@dataclass(frozen=True)
-class Generated:
-    """What a model writes about a fact.
-
-    Attributes:
-        said: Greedy continuation of the prompt, 16 tokens.
-        bits: Mean n-gram entropy of its continued generation prompts; None when it has none.
-    """
-
-    said: str
-    bits: float | None
-
-
-def generate(
-    model: Model,
-    facts: Sequence[Fact],
-    changes: Sequence[Change] | None = None,
-    *,
-    n_generations: int = 2,
-    seed: int = 0,
-    batch_size: int = 16,
-) -> list[Generated]:
-    """Let a model continue each fact's prompt and generation prompts.
-
-    Args:
-        model: The model; with `changes`, the unedited one.
-        facts: The facts.
-        changes: A change for each fact: each is asked with its own change in force, many at once.
-        n_generations: Generation prompts of each fact, continued to 100 tokens in all by seeded top-k 5; 0 leaves
-            fluency out.
-        seed: Of the sampling.
-        batch_size: Facts of one batch. Sampling draws for a whole batch, so the same batches give the same texts.
-    """
-    found: list[Generated] = []
-    for start in range(0, len(facts), batch_size):
-        part = facts[start : start + batch_size]
-        here = side_by_side(model, changes[start : start + batch_size]) if changes else nullcontext()
-        with here:
-            said = continuations(model, [f.filled for f in part], 16)
-            prompts = [_some(f, n_generations) for f in part] if n_generations else []
-            flat = [p for group in prompts for p in group]
-            new = continuations(model, flat, 100, total=True, top_k=5, seed=seed)
-        entropies = [ngram_entropy(f"{p} {t}") for p, t in zip(flat, new)]
-        for i, fact in enumerate(part):
-            own = entropies[i * n_generations : (i + 1) * n_generations] if fact.generation else []
-            found.append(Generated(said[i], sum(own) / len(own) if own else None))
-        report("Texts written", len(found), len(facts))
-    return found
-
-
-def _some(fact: Fact, n: int) -> list[str]:
-    """Exactly `n` generation prompts, repeated where there are fewer, so that all facts fill equal groups."""
-    prompts = list(dict.fromkeys(fact.generation)) or [fact.filled]
-    return [prompts[i % len(prompts)] for i in range(n)]
 
 
 def grade(
@@ -182,7 +156,7 @@ def grade(
     Args:
         model: The edited model.
         exam: What `examine` measured before.
-        generated: What the edited model wrote (`generate`); None leaves fluency and edit_form out.
+        generated: What the edited model wrote (`generate`); None leaves fluency, edit_form and instruction out.
         neutral: The neutral text's perplexity before; None leaves the ratio out.
         bos: Beginning-of-text rule.
 
@@ -193,32 +167,112 @@ def grade(
     Returns:
         Metrics by name, from 0 to 1 unless the name says otherwise.
     """
-    fact, row = exam.fact, dict[str, float]()
+    written = None if generated is None else [generated]
+    return grade_all(model, [exam], generated=written, neutral=neutral, bos=bos)[0]
+
+
+def grade_all(
+    model: Model,
+    exams: Sequence[Exam],
+    changes: Sequence[Change] | None = None,
+    *,
+    generated: Sequence[Generated] | None = None,
+    neutral: Neutral | None = None,
+    bos: Bos = "tokenizer",
+) -> list[dict[str, float]]:
+    """Measure many facts in few passes: on one edited model, or each under its own change.
+
+    Equal to applying each change and grading its facts alone.
+
+    Args:
+        model: The edited model; with `changes`, the unedited one.
+        exams: What `examine` measured before.
+        changes: The change of each record; one that several records share runs once.
+        generated: What the edited models wrote about each record.
+        neutral: As in `grade`.
+        bos: As in `grade`.
+    """
+    texts = [_targets(e) for e in exams]
+    prompts = [_prompts(e) for e in exams]
+    each = [i for i, own in enumerate(texts) for _ in own] + [i for i, own in enumerate(prompts) for _ in own]
+    with owned(model, changes, each) as owners:
+        said, shifts = look(model, _flat(texts), _flat(prompts), bos, owners)
+        ratios = _ratios(model, neutral, changes, owners) if neutral else []
+    heard, moved = iter(said), iter(shifts)
+    rows = []
+    for i, exam in enumerate(exams):
+        row = _row(exam, _Heard(heard), list(islice(moved, len(prompts[i]))))
+        if generated is not None:
+            _written(row, exam, generated[i])
+        if neutral is not None:
+            row["perplexity_ratio"] = ratios[i if changes else 0]
+        rows.append(row)
+    return rows
+
+
+def _flat(lists: Iterable[Iterable[T]]) -> list[T]:
+    return [item for inner in lists for item in inner]
+
+
+def _ratios(model: Model, neutral: Neutral, changes: Sequence[Change] | None, owners: Owners | None) -> list[float]:
+    """Measure the neutral text once for each distinct change, and once where all records share a model."""
+    if not changes or owners is None:
+        return [perplexity(model, neutral.text, neutral.n_tokens) / neutral.before]
+    first = {id(c): i for i, c in reversed(list(enumerate(changes)))}
+    found = perplexities(model, neutral.text, Owners(owners.lanes, list(first.values())), neutral.n_tokens)
+    ratio = dict(zip(first, (p / neutral.before for p in found)))
+    return [ratio[id(c)] for c in changes]
+
+
+# What is asked about a fact; `_row` hears the answers in this order
+
+
+def _targets(exam: Exam) -> list[Text]:
+    fact = exam.fact
     asked = [Text(fact.before, fact.subject, fact.after), *(Text(p) for p in fact.paraphrases)]
-    rewritten = _pairs(model, asked, [(fact.target, exam.truth)] * len(asked), bos)
-    _rewrites(row, "efficacy", rewritten[:1])
-    row["efficacy_magnitude"] = math.exp(-rewritten[0][0].nll) - math.exp(-rewritten[0][1].nll)
-    _rewrites(row, "paraphrase", rewritten[1:])
-    texts = _texts(fact)
-    if texts:
-        _neighbors(row, model, exam, bos)
-        _related(row, model, exam, texts, bos)
-    if generated is not None:
-        row["edit_form"] = float(hit(generated.said, (fact.target, *fact.aliases), exam.truth))
-        if generated.bits is not None and exam.bits is not None:
-            row["fluency_bits"] = generated.bits
-            row["fluency"] = min(1.0, generated.bits / exam.bits) if exam.bits else 1.0
-    if neutral is not None:
-        row["perplexity_ratio"] = perplexity(model, neutral.text, neutral.n_tokens) / neutral.before
+    pairs = [(t, answer) for t in asked for answer in (fact.target, exam.truth)]
+    pairs += [(Text(p.prompt), a) for p in fact.neighbors for a in (p.answer or exam.truth, fact.target)]
+    pairs += [(Text(p.prompt), fact.target) for p in fact.related]
+    pairs += [(Text(p.prompt), p.answer) for p in fact.related if p.answer]
+    return [replace(text, target=answer) for text, answer in pairs]
+
+
+def _prompts(exam: Exam) -> list[Before]:
+    tokens = [0] * len(exam.fact.neighbors) + list(exam.gold)
+    return [Before(Text(p.prompt), logp, t) for p, logp, t in zip(_around(exam.fact), exam.logp, tokens, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Heard:
+    """The answers, in the order of `_targets`."""
+
+    answers: Iterator[Answer]
+
+    def take(self, n: int) -> list[Answer]:
+        return list(islice(self.answers, n))
+
+    def pairs(self, n: int) -> list[tuple[Answer, Answer]]:
+        both = self.take(2 * n)
+        return list(zip(both[::2], both[1::2]))
+
+
+def _row(exam: Exam, heard: _Heard, shifts: Sequence[Shift]) -> dict[str, float]:
+    fact, row = exam.fact, dict[str, float]()
+    new, old = heard.pairs(1)[0]
+    _rewrites(row, "efficacy", [(new, old)])
+    row["efficacy_magnitude"] = math.exp(-new.nll) - math.exp(-old.nll)
+    _rewrites(row, "paraphrase", heard.pairs(len(fact.paraphrases)))
+    n = len(fact.neighbors)
+    if n:
+        near = heard.pairs(n)
+        row["s_specificity"] = _mean(old.nll < new.nll for old, new in near)
+        row["s_specificity_strict"] = _mean(old.strict for old, _ in near)
+        row["s_specificity_tokens"] = _mean(old.exact for old, _ in near)
+        _moved(row, "s", shifts[:n])
+    if fact.related:
+        _related(row, exam, heard, shifts[n:])
+        _moved(row, "r", shifts[n:])
     return row
-
-
-def _pairs(
-    model: Model, texts: Sequence[Text], targets: Sequence[tuple[str, str]], bos: Bos
-) -> list[tuple[Answer, Answer]]:
-    both = [Text(t.before, t.subject, t.after, target, t.context) for t, pair in zip(texts, targets) for target in pair]
-    said = answers(model, both, bos)
-    return list(zip(said[::2], said[1::2]))
 
 
 def _rewrites(row: dict[str, float], name: str, said: Sequence[tuple[Answer, Answer]]) -> None:
@@ -228,100 +282,50 @@ def _rewrites(row: dict[str, float], name: str, said: Sequence[tuple[Answer, Ans
         row[f"{name}_tokens"] = _mean(new.exact for new, _ in said)
 
 
-def _neighbors(row: dict[str, float], model: Model, exam: Exam, bos: Bos) -> None:
-    fact = exam.fact
-    if not fact.neighbors:
-        return
-    texts = [Text(p.prompt) for p in fact.neighbors]
-    said = _pairs(model, texts, [(p.answer or exam.truth, fact.target) for p in fact.neighbors], bos)
-    row["s_specificity"] = _mean(old.nll < new.nll for old, new in said)
-    row["s_specificity_strict"] = _mean(old.strict for old, _ in said)
+def _moved(row: dict[str, float], name: str, shifts: Sequence[Shift]) -> None:
+    row[f"{name}_same"] = _mean(s.same for s in shifts)
+    row[f"{name}_kl"] = _mean(s.kl for s in shifts)
 
 
-def _related(row: dict[str, float], model: Model, exam: Exam, texts: Sequence[Text], bos: Bos) -> None:
-    fact, n = exam.fact, len(exam.fact.neighbors)
-    now = next_logp(model, texts, bos)
-    same = (now.argmax(1) == exam.argmax).float()
-    drift = (exam.logp.exp() * (exam.logp - now)).sum(1).clamp(min=0)
-    if n:
-        row["s_same"], row["s_kl"] = float(same[:n].mean()), float(drift[:n].mean())
-    if len(texts) == n:
-        return
-    row["r_same"], row["r_kl"] = float(same[n:].mean()), float(drift[n:].mean())
-    new = answers(model, [Text(p.prompt, target=fact.target) for p in fact.related], bos)
-    old = [-float(now[n + j, t]) for j, t in enumerate(exam.gold)]
+def _related(row: dict[str, float], exam: Exam, heard: _Heard, shifts: Sequence[Shift]) -> None:
+    related = exam.fact.related
+    new = heard.take(len(related))
     # the largest of the target's tokens counts, as published; the mean is the stricter reading
-    row["r_specificity"] = _mean(a < b.worst for a, b in zip(old, new))
-    row["r_specificity_mean"] = _mean(a < b.nll for a, b in zip(old, new))
+    row["r_specificity"] = _mean(old.nll < b.worst for old, b in zip(shifts, new))
+    differs = [gold != b.first for gold, b in zip(exam.gold, new)]
+    row["r_skipped"] = _mean(not d for d in differs)
+    if any(differs):
+        row["r_specificity_mean"] = _mean(old.nll < b.nll for old, b, d in zip(shifts, new, differs) if d)
+    answered = [i for i, p in enumerate(related) if p.answer]
+    if answered:
+        right = heard.take(len(answered))
+        row["r_gold"] = _mean(a.nll < new[i].nll for a, i in zip(right, answered))
+        row["r_gold_strict"] = _mean(a.strict for a in right)
+        row["r_gold_tokens"] = _mean(a.exact for a in right)
 
 
-def _mean(values: object) -> float:
-    items = [float(v) for v in values]  # type: ignore[attr-defined]
+def _written(row: dict[str, float], exam: Exam, generated: Generated) -> None:
+    wanted = (exam.fact.target, *exam.fact.aliases)
+    row["edit_form"] = float(hit(generated.said, wanted, exam.truth))
+    hits = {form: float(hit(said, wanted, exam.truth)) for form, said in generated.instructed.items()}
+    if hits:
+        row["instruction"] = _mean(hits.values())
+        row |= {f"instruction_{form}": value for form, value in hits.items()}
+        row["gap"] = row["edit_form"] - row["instruction"]
+    if generated.bits is not None and exam.bits is not None:
+        row["fluency_bits"] = generated.bits
+        row["fluency"] = min(1.0, generated.bits / exam.bits) if exam.bits else 1.0
+
+
+def _mean(values: Iterable[float]) -> float:
+    items = [float(v) for v in values]
     return sum(items) / len(items)
-
-
-def hit(said: str, wanted: Sequence[str], old: str) -> bool:
-    """Tell whether a text gives the new answer, at word boundaries, and not the old one before it.
-
-    Example:
-        >>> hit("It is in Rome, Italy.", ["Rome"], "Paris"), hit("Not Paris but Rome", ["Rome"], "Paris")
-        (True, False)
-    """
-    text = _normal(said)
-    places = [m.start() for w in wanted if (m := re.search(rf"\b{re.escape(_normal(w))}\b", text)) and _normal(w)]
-    before = re.search(rf"\b{re.escape(_normal(old))}\b", text) if _normal(old) else None
-    return bool(places) and not (before and before.start() < min(places))
-
-
-def _normal(text: str) -> str:
-    text = unicodedata.normalize("NFKC", text).casefold()
-    words = re.sub(r"[^\w\s]", " ", text).split()
-    return " ".join(w for w in words if w not in ("a", "an", "the"))
 
 
 def known(model: Model, facts: Sequence[Fact], bos: Bos = "tokenizer") -> list[bool]:
     """Tell for each fact whether the unedited model prefers the true answer to the new one."""
     usable = [f for f in facts if f.truth]
-    texts = [Text(f.before, f.subject, f.after) for f in usable]
-    said = _pairs(model, texts, [(f.target, f.truth or "") for f in usable], bos) if usable else []
-    verdict = {id(f): old.nll < new.nll for f, (new, old) in zip(usable, said)}
+    texts = [Text(f.before, f.subject, f.after, t) for f in usable for t in (f.target, f.truth or "")]
+    said = answers(model, texts, bos)
+    verdict = {id(f): old.nll < new.nll for f, new, old in zip(usable, said[::2], said[1::2])}
     return [verdict.get(id(f), False) for f in facts]
-
-
-def harmonic(values: Sequence[float]) -> float:
-    """Return the harmonic mean; 0 if one value is 0.
-
-    Example:
-        >>> harmonic([1.0, 0.5]), harmonic([1.0, 0.0])
-        (0.6666666666666666, 0.0)
-    """
-    return len(values) / sum(1 / v for v in values) if all(v > 0 for v in values) else 0.0
-
-
-def summarise(rows: Sequence[Mapping[str, float]], subjects: Sequence[str], seed: int = 0) -> dict[str, float]:
-    """Average records into a bench's metrics, with scores, counts and 95 % bootstrap intervals over subjects.
-
-    Returns:
-        ``NAME``, ``NAME_low`` and ``NAME_high`` for each metric, ``NAME_n`` where some records lack it, and ``score``
-        (harmonic mean of efficacy, paraphrase, s_specificity, r_specificity) or ``score_classic`` without the last.
-    """
-    names = list(dict.fromkeys(n for r in rows for n in r))
-    out: dict[str, float] = {}
-    groups = np.unique(np.asarray(list(subjects), dtype=object).astype(str), return_inverse=True)[1]
-    draws = np.random.default_rng(seed).integers(0, groups.max() + 1, (1000, groups.max() + 1))
-    for name in names:
-        has = np.array([name in r for r in rows])
-        values = np.array([r.get(name, 0.0) for r in rows])
-        out[name] = float(values[has].mean())
-        totals = np.bincount(groups, np.where(has, values, 0.0))
-        counts = np.bincount(groups, has)[draws].sum(1)
-        means = (totals[draws].sum(1) / np.maximum(counts, 1))[counts > 0]  # a draw without the metric says nothing
-        out[f"{name}_low"], out[f"{name}_high"] = (float(q) for q in np.quantile(means, [0.025, 0.975]))
-        if not has.all():
-            out[f"{name}_n"] = float(has.sum())
-    classic = ["efficacy", "paraphrase", "s_specificity"]
-    if all(n in out for n in classic):
-        out["score_classic"] = harmonic([out[n] for n in classic])
-        if "r_specificity" in out:
-            out["score"] = harmonic([out[n] for n in (*classic, "r_specificity")])
-    return out

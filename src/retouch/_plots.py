@@ -1,4 +1,4 @@
-"""The five pictures that reports are made of. Import them from `retouch.report`."""
+"""The six pictures that reports are made of. Import them from `retouch.report`."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ from ._pictures import (
     legend,
     log_x,
     margin,
+    need,
     short,
     shown,
 )
 
-__all__ = ["plot_bars", "plot_curve", "plot_drift", "plot_ranks", "plot_where"]
+__all__ = ["plot_bars", "plot_curve", "plot_drift", "plot_heat", "plot_ranks", "plot_where"]
 
 DASHES = ("-", "--", "-.", ":")
 MARKS = "osD^vP"
@@ -320,6 +321,36 @@ def _bar_scale(axes: Any, values: Any, width: float) -> None:
         axes.xaxis.set_major_formatter(lambda value, _: shown(float(value), 3))
     axes.set_xlim(low * 1.05, low + (high - low) * width / (width - 48))  # room for the number behind the longest bar
     axes.grid(axis="x")
+
+
+def plot_heat(
+    names: Sequence[str], values: Sequence[Sequence[float]], xlabel: str, title: str, caption: str
+) -> Picture:
+    """Draw a row of colours for each name: blue above 0, red below; columns are counted from 0.
+
+    Raises:
+        ValueError: There is no number, one is not finite, or there are not as many rows as names, all of one length.
+        UserError: matplotlib is not installed.
+    """
+    top = max((abs(v) for row in values for v in row), default=math.nan)
+    if len(names) != len(values) or len({len(row) for row in values}) != 1 or not math.isfinite(top):
+        raise ValueError(f"A heat map needs finite rows of one length, one a name; got {len(names)} names.")
+    caption = f"{caption} Full colour: {shown(float(top), 3)}; blue is positive, red negative."
+    rows = [[float(v) / (top or 1.0) for v in row] for row in values]
+    return draw(
+        title, caption, 22 * len(rows) + 70, lambda f: _paint_heat(f, [short(n, 24) for n in names], rows, xlabel)
+    )
+
+
+def _paint_heat(figure: Any, names: list[str], rows: list[list[float]], xlabel: str) -> None:
+    axes, colour = axes_at(figure, margin(names), 16, 12, 52), need("matplotlib.colors").to_rgba
+    axes.pcolormesh([[colour(BLUE if v >= 0 else RED, abs(v)) for v in row] for row in rows])
+    axes.set_yticks([i + 0.5 for i in range(len(names))], names)
+    axes.set_ylim(len(names), 0)
+    shown_ticks = range(0, len(rows[0]), math.ceil(len(rows[0]) / 24))
+    axes.set_xticks([i + 0.5 for i in shown_ticks], [str(i) for i in shown_ticks])
+    axes.tick_params(length=0)
+    axes.set_xlabel(clean(xlabel))
 
 
 # What they say.

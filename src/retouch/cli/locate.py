@@ -1,0 +1,163 @@
+"""``retouch locate`` and ``retouch diagnose``: where a model recalls a fact, and why an edit of it holds or fails."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from . import _show
+
+if TYPE_CHECKING:
+    from ..edit.facts import Fact
+    from ..report import Report
+
+__all__ = ["add_to"]
+
+ModelArgument = Annotated[str, typer.Argument(help="A folder, a hub id, a .gguf file, or smollm2.")]
+Prompt = Annotated[str | None, typer.Option(help="A prompt, with {} for the subject or filled.")]
+Subject = Annotated[str, typer.Option(help="What the fact is about.")]
+Facts = Annotated[Path | None, typer.Option(help="A file of facts instead, JSON or JSON Lines.")]
+Page = Annotated[Path | None, typer.Option(help="Write a page with pictures here, e.g. page.html.")]
+Seed = Annotated[int, typer.Option(help="Of everything random.")]
+Samples = Annotated[int, typer.Option(help="Draws of the noise.")]
+Json = Annotated[bool, typer.Option("--json", help="Results for programs.")]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the commands."""
+    app.command()(locate)
+    app.command()(diagnose)
+
+
+def locate(
+    model: ModelArgument,
+    prompt: Prompt = None,
+    subject: Subject = "",
+    target: Annotated[str | None, typer.Option(help="The answer that the model gives.")] = None,
+    facts: Facts = None,
+    n: Annotated[int | None, typer.Option(help="How many facts of the file.")] = None,
+    attributes: Annotated[
+        Path | None, typer.Option(help="A file with one answer of the relation a line, e.g. cities.")
+    ] = None,
+    part: Annotated[str, typer.Option(help="What is put back: mlp, attention or state.")] = "mlp",
+    window: Annotated[int | None, typer.Option(help="Blocks put back together; default: a fifth of them.")] = None,
+    samples: Samples = 10,
+    seed: Seed = 0,
+    report: Page = None,
+    json_: Json = False,
+) -> None:
+    """Find the tokens and blocks that carry a fact: causal trace, attribute rate, knock-outs.
+
+    Example: retouch locate smollm2 --prompt "The capital of {} is" --subject France --target Paris --report page.html
+    """
+    wanted = _facts(prompt, subject, target, facts, n)
+    words = _words(attributes)
+    _check(samples, window)
+    _writable(report)
+    from ..edit.locate import locate as trace
+    from ..ledger import open_ledger
+
+    with _show.progress():
+        opened = open_ledger(model).model
+        found = trace(opened, wanted, attributes=words, part=part, window=window, n_samples=samples, seed=seed)  # type: ignore[arg-type]
+    _shown(found.report(pictures=report is not None), report, json_)
+
+
+def diagnose(
+    model: ModelArgument,
+    prompt: Prompt = None,
+    subject: Subject = "",
+    target: Annotated[str | None, typer.Option(help="The new answer.")] = None,
+    facts: Facts = None,
+    n: Annotated[int | None, typer.Option(help="How many facts of the file.")] = None,
+    change: Annotated[Path | None, typer.Option(help="A saved change of these facts: before and after it.")] = None,
+    what: Annotated[str, typer.Option(help="Some of drift, delivery, landscape, shortcut.")] = (
+        "drift,delivery,landscape,shortcut"
+    ),
+    block: Annotated[int, typer.Option(help="Block of the write; -1: the change's last, or 0.18 of the depth.")] = -1,
+    statistics: Annotated[bool, typer.Option(help="Compare the metrics that need second moments, too.")] = True,
+    samples: Samples = 10,
+    seed: Seed = 0,
+    report: Page = None,
+    json_: Json = False,
+) -> None:
+    """Find out why an edit holds or fails: drift of keys, delivered fraction, tolerance, sharpness, shortcut index.
+
+    Example: retouch diagnose smollm2 --facts facts.jsonl --change lyon --report page.html
+    """
+    wanted = _facts(prompt, subject, target, facts, n)
+    _check(samples, None)
+    _writable(report)
+    from ..change import load
+    from ..edit.diagnose import diagnose as examine
+    from ..ledger import open_ledger
+
+    planned = load(change) if change is not None else None
+    names = [w.strip() for w in what.split(",") if w.strip()]
+    with _show.progress():
+        opened = open_ledger(model).model
+        found = examine(
+            opened, wanted, planned, what=names, block=block, statistics=statistics, n_samples=samples, seed=seed,  # type: ignore[arg-type]
+        )  # fmt: skip
+    _shown(found.report(pictures=report is not None), report, json_)
+
+
+def _facts(prompt: str | None, subject: str, target: str | None, path: Path | None, n: int | None) -> list[Fact]:
+    from ..edit.facts import Fact, load
+    from ..errors import UserError
+
+    if path is not None and (prompt or target):
+        raise UserError("Give either --facts, or --prompt with --subject and --target.")
+    if path is not None:
+        return load(path, n)
+    if prompt is None or target is None or not subject:
+        raise UserError("Name a fact: --prompt, --subject and --target; or a file of them: --facts.")
+    return [Fact.of(prompt, subject, target)]
+
+
+def _words(path: Path | None) -> list[str]:
+    from ..errors import UserError
+
+    if path is None:
+        return []
+    try:
+        words = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--attributes {path} cannot be read as UTF-8 text: {error}.") from error
+    if not words:
+        raise UserError(f"--attributes {path} holds no word. Write one answer a line.")
+    return words
+
+
+def _check(samples: int, window: int | None) -> None:
+    from ..errors import UserError
+
+    if samples < 1:
+        raise UserError(f"--samples must be at least 1; got {samples}.")
+    if window is not None and window < 1:
+        raise UserError(f"--window must be at least 1; got {window}.")
+
+
+def _writable(page: Path | None) -> None:
+    """Refuse a page that could not be written, before any work."""
+    from ..errors import UserError
+
+    if page is not None and (page.is_dir() or not page.absolute().parent.is_dir()):
+        raise UserError(f"--report {page} must be a file in a folder that exists.")
+
+
+def _shown(made: Report, page: Path | None, json_: bool) -> None:
+    from ..report import to_terminal, write_html
+
+    if page is not None:
+        write_html(made, page)
+    if json_:
+        from ..report import to_json
+
+        _show.emit(to_json(made)["numbers"])
+        return
+    _show.console().print(to_terminal(made))
+    if page is not None:
+        _show.console().print(f"The report with pictures: {page}", markup=False)

@@ -314,7 +314,7 @@ def test_a_refusal_has_its_own_exit_code_and_saves_nothing(refused, base, tmp_pa
 
 def test_an_unknown_model_is_named(refused):
     says = refused("edit", "no-such-model", *FACT)
-    assert "No model 'no-such-model': it is no folder, no .gguf file and no bundled name (smollm2, minilm)" in says
+    assert "No model 'no-such-model': it is no folder, no .gguf file and no bundled name (smollm2, gemma3-270m, minilm)" in says
     assert "There is no model folder './nowhere'" in refused("ask", "./nowhere", "x")
     assert "There is no file 'no.gguf'" in refused("ask", "no.gguf", "x")
 
@@ -384,6 +384,98 @@ def test_the_first_of_two_changes_can_be_undone(done, base, change, carrying, tm
     done("undo", tmp_path / "both", "1")
     done("undo", tmp_path / "both", "2")
     assert equal(weights(tmp_path / "both"), weights(base))
+
+
+@pytest.fixture(scope="module")
+def batched(base, tmp_path_factory):
+    """A model with two changes of two facts each."""
+    from retouch import open_ledger, save_ledger
+    from retouch.edit.facts import Fact
+    from retouch.edit.rome import Rome
+
+    method = Rome(block=1, n_steps=3, contexts=("",))
+    ledger = open_ledger(base)
+    for places in ((("France", "is Lyon"), ("Italy", "is Milan")), (("Japan", "is Kobe"), ("Peru", "is Cusco"))):
+        facts = [Fact(PROMPT, land, city) for land, city in places]
+        ledger = ledger.apply(method.plan(ledger.model, facts))
+    save_ledger(ledger, folder := tmp_path_factory.mktemp("models") / "batched")
+    return folder
+
+
+def test_one_fact_of_a_change_is_undone_and_listed(done, refused, base, batched, tmp_path):
+    folder = shutil.copytree(batched, tmp_path / "m")
+    assert f"Fact 1 of change 1 is out of {folder}; 2 stay." in done("undo", folder, 1, "--fact", 1).out
+    first, second = done("log", folder, "--json").json["changes"]
+    assert (first["status"], len(first["facts"]), first["removed"][0]["fact"]) == ("active", 1, 1)
+    assert (second["status"], len(second["facts"])) == ("active", 2)
+    assert "1 of 2" in done("log", folder).out
+    lines = [line.replace("│", "").split() for line in done("log", folder, "--facts").out.splitlines()]
+    assert [(x[0], x[1], x[-1]) for x in lines if x[:1] in (["1"], ["2"])] == [
+        ("1", "0", "active"),
+        ("1", "1", "undone"),
+        ("2", "0", "active"),
+        ("2", "1", "active"),
+    ]
+    assert "has no fact 1 in force. In force: 0." in refused("undo", folder, 1, "--fact", 1)
+    for words in ((1,), (2, "--fact", 0), (2, "--fact", 1)):
+        done("undo", folder, *words)
+    assert equal(weights(folder), weights(base))
+
+
+def test_undo_solves_the_later_changes_again_when_asked(done, refused, base, batched, carrying, tmp_path):
+    plain = done("undo", batched, 1, "-o", tmp_path / "plain", "--json").json
+    again = done("undo", batched, 1, "--resolve", "-o", tmp_path / "again", "--json").json
+    assert plain["changes"][1]["id"] != again["changes"][1]["id"] == done("log", tmp_path / "again", "--json").json[
+        "changes"
+    ][1]["id"]  # fmt: skip
+    assert again["changes"][1]["planned"] == plain["changes"][1]["id"]
+    assert not equal(weights(tmp_path / "plain"), weights(tmp_path / "again"))
+    done("undo", tmp_path / "again", 2)
+    assert equal(weights(tmp_path / "again"), weights(base))
+
+
+def test_a_fact_that_is_edited_again_is_shown_as_superseded(done, refused, base, change, carrying, tmp_path):
+    plan(carrying, tmp_path / "second", learning_rate=0.02)
+    done("apply", carrying, tmp_path / "second", "-o", tmp_path / "both")
+    assert "superseded, below a later one" in done("log", tmp_path / "both").out
+    first, second = done("log", tmp_path / "both", "--json").json["changes"]
+    assert (first["status"], first["in_force"], second["status"]) == ("superseded", True, "active")
+    done("apply", carrying, tmp_path / "second", "--superseded", "replace", "-o", tmp_path / "one")
+    first, second = done("log", tmp_path / "one", "--json").json["changes"]
+    assert (first["status"], "in_force" in first, second["status"]) == ("superseded", False, "active")
+    done("undo", tmp_path / "one", 2)
+    assert equal(weights(tmp_path / "one"), weights(base))
+    says = refused("apply", carrying, tmp_path / "second", "--superseded", "merge", "-o", tmp_path / "x")
+    assert "--superseded is replace or stack; got 'merge'" in says
+
+
+def sequence_of(facts, base, out, **more):
+    from retouch.cli.sequence import sequence_command
+    from retouch.edit.ft_m import FtM
+
+    method = FtM(block=1, n_steps=5, learning_rate=0.1)
+    sequence_command(str(base), facts, method, **{"batch": 2, "out": out, "max_perplexity": 1e9} | more)
+
+
+def test_a_sequence_writes_a_model_a_report_and_a_picture(base, capsys, tmp_path):
+    from retouch.edit.facts import Fact
+    from retouch.errors import BoundRefused, UserError
+
+    facts = [Fact(PROMPT, land, f"is {land} Town", "is Paris") for land in ("France", "Italy", "Japan", "France")]
+    sequence_of(facts, base, tmp_path / "m", html=tmp_path / "r.html", png=tmp_path / "c.png")
+    said = capsys.readouterr().out
+    assert "4 edits by ft_m, 2 at a time" in said and "1 facts were superseded" in said
+    assert "<svg" in (tmp_path / "r.html").read_text() and (tmp_path / "c.png").read_bytes()[1:4] == b"PNG"
+    sequence_of(facts, base, tmp_path / "n", json_=True)
+    record = json.loads(capsys.readouterr().out)
+    assert (record["n_edits"], record["n_superseded"], record["changes"]) == (4, 1, 1)
+    worst = max(p["perplexity_ratio"] for p in record["points"])
+    with pytest.raises(BoundRefused, match=r"(0|2) edits stand"):
+        sequence_of(facts, base, tmp_path / "o", max_perplexity=(1 + worst) / 2, html=tmp_path / "s.html")
+    assert (tmp_path / "o" / "retouch.json").is_file() and (tmp_path / "s.html").is_file()
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(UserError, match="exists and is no model of ours"):
+        sequence_of(facts, base, tmp_path / "taken")
 
 
 def test_a_model_without_changes_has_an_empty_log(done, base):
@@ -625,12 +717,41 @@ def test_bench_writes_its_file_and_shows_a_table(done, base, facts, tmp_path):
         (("--n", "0"), "--n and --batch must be at least 1"),
         (("--batch", "0"), "--n and --batch must be at least 1"),
         (("--generations", "-1"), "--generations at least 0"),
+        (("--chunk", "-1"), "--chunk at least 0"),
+        (("--suite", "counter"), "No suite is called 'counter'"),
+        (("--suite", "same-subject"), "drawn from the data sets: give their folder"),
+        (("--group-size", "0"), "--group-size must be at least 1"),
     ],
 )
 def test_bench_names_a_mistake(refused, base, facts, tmp_path, words, says):
     out = tmp_path / "bench.json"
     assert says in refused("bench", "edit", "--data", facts, "--model", base, "--json", out, *words)
     assert not out.exists()
+
+
+def test_bench_asks_in_conversations_and_keeps_rows_when_told(done, base, facts, tmp_path):
+    out = tmp_path / "bench.json"
+    words = ("--data", facts, "--model", base, "--n", 2, "--generations", 0, "--json", out, "--instructions", "--rows")
+    said = done("bench", "edit", *words, "--chunk", 1, "--methods", "ft-m:n_steps=3:learning_rate=0.01")
+    assert "instruction" in said.out
+    assert "gap" in said.out
+    read = json.loads(out.read_text())
+    assert read["environment"]["chunk"] == 1
+    assert {"instruction", "instruction_dialogue", "gap"} <= set(read["methods"]["ft-m:n_steps=3:learning_rate=0.01"])
+    assert len(json.loads((tmp_path / "bench.rows.json").read_text())) == 2
+
+
+def test_bench_of_a_sequence_shows_what_was_measured_last(done, base, facts, tmp_path):
+    out = tmp_path / "bench.json"
+    words = ("--suite", "sequential", "--data", facts, "--model", base, "--n", 2, "--batch", 1, "--json", out)
+    said = done("bench", "edit", *words, "--methods", "ft-m:n_steps=3:learning_rate=0.01")
+    assert "2 facts of sequential/facts.jsonl" in said.out
+    assert json.loads(out.read_text())["curves"]
+
+
+def test_bench_without_facts_or_suite(refused, base, tmp_path):
+    says = refused("bench", "edit", "--model", base, "--json", tmp_path / "b.json")
+    assert "Name a file of facts with --data, or a suite with --suite" in says
 
 
 def test_bench_of_facts_that_are_not_there(refused, base, tmp_path):

@@ -11,7 +11,8 @@ from retouch import apply, edit_facts, plan
 from retouch.bound import certify
 from retouch.change import Dense
 from retouch.edit.api import check_effect
-from retouch.edit.facts import Fact, Prompt, protected
+from retouch.edit.constraints import for_facts
+from retouch.edit.facts import Fact, Prompt
 from retouch.edit.ft_m import FtM
 from retouch.edit.harm import CHUNK, bystanders, measure_harm
 from retouch.errors import BoundRefused, FactError, ModelError, NoEffect, SettingsError, UnknownName, UserError
@@ -148,10 +149,10 @@ def test_groups_leave_out_what_is_edited_and_what_names_its_subject(llama):
     found = bystanders(llama, [FACT, OTHER])
     assert found.prompts["neighbours"] == ["Big Ben is located in", "The Colosseum is located in"]  # not the paraphrase
     assert found.prompts["same subject"] == ["The currency of France is"]  # once
-    wanted = [
-        p.prompt for p in protected() if "france" not in p.prompt.casefold() and "brazil" not in p.prompt.casefold()
-    ]
-    assert found.prompts["protected"] == list(dict.fromkeys(wanted))
+    held_out = [c.prompt for c in for_facts([FACT, OTHER], n=320, half="certify")]
+    assert found.prompts["protected"] == held_out
+    planned = {c.prompt for c in for_facts([FACT, OTHER], n=2000, half="plan")}
+    assert len(held_out) == 320 and not planned & set(held_out)  # no method has seen them
     for group, prompts in found.prompts.items():
         assert found.logp[group].shape == (len(prompts), llama.anatomy.vocab_size)
 

@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from . import bench, edit, look, model
+from . import bench, edit, locate, look, model
 
 __all__ = ["app", "main"]
 
@@ -23,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for module in (edit, model, look):
+for module in (edit, model, look, locate):
     module.add_to(app)
 app.add_typer(bench.app, name="bench")
 

@@ -32,6 +32,17 @@ def edit(
         float | None, typer.Option(help="Largest certified harm, 0 to 1; more is refused with exit code 3.")
     ] = None,
     confidence: Annotated[float, typer.Option(help="Of the certificate.")] = 0.95,
+    sequence: Annotated[
+        bool, typer.Option("--sequence", help="Edit batch after batch, under a guard; -o is the edited model's folder.")
+    ] = False,
+    batch: Annotated[int, typer.Option(help="Facts of one batch (--sequence).")] = 10,
+    max_perplexity: Annotated[
+        float,
+        typer.Option(help="Stop with exit code 3 before neutral perplexity rises by more than this (--sequence)."),
+    ] = 1.1,
+    every: Annotated[int | None, typer.Option(help="Edits between two measurements (--sequence).")] = None,
+    html: Annotated[Path | None, typer.Option(help="A report with the collapse curve (--sequence).")] = None,
+    png: Annotated[Path | None, typer.Option(help="The collapse curve as a picture (--sequence).")] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder of the change.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Results for programs.")] = False,
 ) -> None:
@@ -49,6 +60,16 @@ def edit(
         raise UserError(f"--max-harm must lie between 0 and 1; got {max_harm:g}.")
     if max_harm is not None and not 0 < confidence < 1:
         raise UserError(f"--confidence must lie between 0 and 1; got {confidence:g}.")
+    if sequence:
+        if max_harm is not None or out is None:
+            raise UserError("--sequence needs -o FOLDER for the edited model, and its guard is --max-perplexity.")
+        from .sequence import sequence_command
+
+        sequence_command(
+            model, wanted, chosen, batch=batch, out=out, max_perplexity=max_perplexity, every=every, html=html, png=png,
+            json_=json_,
+        )  # fmt: skip
+        return
     if out is not None and out.exists() and not (out / "change.safetensors").is_file():
         raise UserError(f"{out} exists and is no change of ours. Name another folder.")
     from ..change import save
@@ -56,8 +77,8 @@ def edit(
     from ..ledger import open_ledger
 
     with _show.progress():
-        opened = open_ledger(model).model
-        done = edit_facts(opened, wanted, chosen, max_harm=max_harm, confidence=confidence)
+        ledger = open_ledger(model)
+        done = edit_facts(ledger, wanted, chosen, max_harm=max_harm, confidence=confidence)
     out = out or Path(f"{done.change.method}-{done.change.id}")
     save(done.change, out)
     if json_:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .. import registry
 from ..bound import certify
-from ..change import Change, apply, with_report
+from ..change import Change, with_report
 from ..errors import NoEffect
+from ..ledger import Ledger
 from ..measure import answers, watched
 from ..model import Model
 from ..tokens import Text
-from .base import EditMethod
+from .base import EditMethod, ValueEditMethod
 from .facts import Fact
 from .harm import Harm, bystanders, measure_harm
+from .sequence import plan_next
 
 __all__ = ["Edited", "check_effect", "edit_facts", "plan"]
 
@@ -34,8 +36,12 @@ def plan(model: Model, facts: Sequence[Fact], method: str | EditMethod = "rome",
         SettingsError: A setting is unknown or not allowed.
         FactError: A fact cannot be used.
     """
+    return _method(method, settings).plan(model, facts)
+
+
+def _method(method: str | EditMethod, settings: dict[str, Any]) -> EditMethod:
     chosen: EditMethod = registry.make("edit", method, **settings) if isinstance(method, str) else method
-    return chosen.plan(model, facts)
+    return chosen
 
 
 def check_effect(before: Model, after: Model, facts: Sequence[Fact]) -> list[dict[str, float]]:
@@ -69,7 +75,7 @@ class Edited:
 
 
 def edit_facts(
-    model: Model,
+    model: Model | Ledger,
     facts: Sequence[Fact],
     method: str | EditMethod = "rome",
     *,
@@ -80,10 +86,12 @@ def edit_facts(
     """Plan, apply, measure and, with a limit, certify an edit.
 
     Args:
-        model: A decoder; never altered.
+        model: A decoder, or a ledger whose edits stay: their keys are kept, and facts that the new ones supersede are
+            planned out. Never altered.
         facts: What is to become true.
         method: A method, or its name.
-        max_harm: Largest harm that is allowed (see `retouch.edit.harm.measure_harm`); None asks for no certificate.
+        max_harm: Largest harm that is allowed (see `retouch.edit.harm.measure_harm`); None asks for no certificate. A
+            method that finds values by gradient keeps it for its neighbours while it searches (its ``max_drift``).
         confidence: Of the certificate.
         settings: The method's settings, when it is named.
 
@@ -97,19 +105,23 @@ def edit_facts(
     """
     if max_harm is not None:
         certify([0.0], max_harm, confidence=confidence)  # a limit that is none is refused before any work
+    chosen = _method(method, settings)
+    if max_harm is not None and isinstance(chosen, ValueEditMethod) and not chosen.max_drift:
+        chosen = replace(chosen, max_drift=max_harm)  # the search keeps the limit that is certified afterwards
+    before = model if isinstance(model, Ledger) else Ledger(model)
     with watched() as cost:
-        change = plan(model, facts, method, **settings)
-    edited = apply(model, change)
-    effect = check_effect(model, edited, facts)
+        below, change = plan_next(before, facts, chosen)
+    edited = below.apply(change).model
+    effect = check_effect(before.model, edited, facts)
     harm = None
     report: dict[str, Any] = {
         "effect": effect,
         "seconds": round(cost.seconds, 2),
         "peak_mib": round(cost.peak_mib),
-        "norms": change.norms(model),
+        "norms": change.norms(below.model),
     }
     if max_harm is not None:
-        harm = measure_harm(edited, bystanders(model, facts), max_harm, confidence)
+        harm = measure_harm(edited, bystanders(before.model, facts), max_harm, confidence)
         report["harm"] = harm.to_dict()
         harm.require()
     return Edited(edited, with_report(change, report), effect, harm)

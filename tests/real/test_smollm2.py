@@ -44,7 +44,7 @@ def probe() -> list[Fact]:
 
 @pytest.fixture(scope="module")
 def planned(smollm2, probe):
-    return registry.make("edit", "rome").plan_each(smollm2, probe)
+    return registry.make("edit", "rome").plan_each(smollm2, [[f] for f in probe])
 
 
 def test_it_opens_in_float32_from_the_cache_and_is_what_we_think(smollm2):
@@ -66,7 +66,7 @@ def test_rome_rewrites_at_least_seven_of_the_eight_probe_facts(smollm2, probe, p
 
 def test_an_edit_is_graded_and_leaves_most_neighbours_alone(smollm2):
     fact = demo()[0]
-    (change,) = registry.make("edit", "rome").plan_each(smollm2, [fact])
+    (change,) = registry.make("edit", "rome").plan_each(smollm2, [[fact]])
     ledger = Ledger(smollm2).apply(change)
     check_effect(smollm2, ledger.model, [fact])
     row = grade(ledger.model, examine(smollm2, [fact], n_generations=0)[0])

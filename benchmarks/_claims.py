@@ -44,7 +44,8 @@ def judged(found: Mapping[str, Any], rows: Mapping[str, Path]) -> dict[str, Any]
 def _short(result: Mapping[str, Any]) -> dict[str, Any]:
     (numbers,) = result["methods"].values()
     shown = {k: round(numbers[k], 4) for n in KEPT for k in (n, f"{n}_low", f"{n}_high") if k in numbers}
-    return {"n": result["n"], "seed": result["seed"], **shown}
+    (settings,) = result["environment"]["settings"].values()
+    return {"n": result["n"], "seed": result["seed"], **shown, "settings": settings}
 
 
 def _certified(found: Mapping[str, Any]) -> dict[str, Any]:

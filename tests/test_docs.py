@@ -19,7 +19,7 @@ import retouch.edit
 from retouch import registry
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("*.md"), ROOT / "src/retouch/data/README.md"])
+PAGES = sorted([*ROOT.glob("docs/**/*.md"), *ROOT.glob("*.md"), ROOT / "src/retouch/data/README.md"])
 EXAMPLES = sorted(ROOT.glob("examples/*.py"))
 FENCE = re.compile(r"^( *)```([^\n]*)\n(.*?)^\1```$", re.M | re.S)
 LINK = re.compile(r"(?<!!)\[[^\]\n]+\]\(([^)\s]+)\)")
@@ -101,7 +101,7 @@ def test_links_inside_the_repository_resolve(page):
             assert anchor in anchors(target), f"{name(page)} links to {link}"
 
 
-@pytest.mark.parametrize("page", sorted(ROOT.glob("docs/*.md")), ids=name)
+@pytest.mark.parametrize("page", sorted(ROOT.glob("docs/**/*.md")), ids=name)
 def test_programs_in_pages_run(page, decoder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     space = {}
@@ -137,12 +137,54 @@ def test_examples_run(example, said, decoder, tmp_path, monkeypatch, capsys):
     assert said in capsys.readouterr().out
 
 
+def test_the_notebook_of_own_facts_runs(decoder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    notebook = ROOT / "examples" / "edit_your_own_facts.py"
+    run_example(notebook, monkeypatch, "--model", decoder, "--out", "own", "-f", "an argument of the kernel")
+    said = capsys.readouterr().out
+    for text in (
+        "a mistake reads like this: field 'target' is empty.",
+        "Big Ben -> Tokyo: -log P",
+        "With 95% confidence the mean of changed answers is at most",
+        "still edited: ['France', 'France', 'Orbital Harbour']",
+        "after 2 edits: efficacy",
+        "read back, same weights: True",
+    ):
+        assert text in said
+    own = tmp_path / "own"
+    page = (own / "report.html").read_text(encoding="utf-8")
+    assert page.count("<svg") >= 3
+    assert "Big Ben is located in the city of" in page
+    base, ledger = retouch.open_ledger(str(decoder)), retouch.open_ledger(str(own / "model"))
+    assert [len(change.facts) for change in ledger.active] == [3]
+    assert ledger.undo(1).model.fingerprint == base.model.fingerprint
+    whole = retouch.apply(base.model, retouch.load_change(own / "change"))
+    adapter = retouch.from_peft(own / "adapter", base.model)
+    assert retouch.apply(base.model, adapter).fingerprint == whole.fingerprint
+
+
+def test_the_notebook_is_made_of_cells():
+    text = (ROOT / "examples" / "edit_your_own_facts.py").read_text(encoding="utf-8")
+    _, *cells = re.split(r"^# %%", text, flags=re.M)
+    assert len(cells) > 15
+    for cell in cells:
+        head, _, body = cell.partition("\n")
+        assert head in ("", " [markdown]")
+        lines = [line for line in body.splitlines() if line.strip()]
+        assert lines
+        assert all(line.startswith("#") for line in lines) is bool(head), (
+            f"text in a cell of code, or code in text: {cell}"
+        )
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=name)
 def test_examples_are_short_and_tested(path):
     text = path.read_text(encoding="utf-8")
+    assert f'"{path.stem}' in Path(__file__).read_text(encoding="utf-8")
+    if "# %%" in text:  # a notebook: its cells are short, and it has no main function
+        return
     assert len(text.splitlines()) < 40
     assert 'if __name__ == "__main__":' in text
-    assert f'"{path.stem}"' in Path(__file__).read_text(encoding="utf-8")
 
 
 # ---------------------------------------------------------------- CONTRIBUTING

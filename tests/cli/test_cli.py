@@ -166,7 +166,8 @@ def test_edit_saves_a_change_and_says_what_to_do_next(done, base, tmp_path):
 
 def test_edit_json(done, base, tmp_path):
     said = done("edit", base, *FACT, *QUICK, "-o", tmp_path / "lyon", "--max-harm", "0.999", "--json")
-    assert set(said.json) == {"change", "id", "method", "report"}
+    assert set(said.json) == {"change", "id", "method", "warnings", "report"}
+    assert (said.json["method"], said.json["warnings"]) == ("ft_m", [])
     assert said.json["change"] == str(tmp_path / "lyon")
     (effect,) = said.json["report"]["effect"]
     assert effect["nll_after"] < effect["nll_before"]
@@ -174,6 +175,25 @@ def test_edit_json(done, base, tmp_path):
         "changed answers",
         "nats lost on neutral text",
     ]
+
+
+@pytest.mark.parametrize("method", [e.name for e in registry.methods("edit")])
+def test_every_method_is_a_command(done, base, tmp_path, method):
+    name = method.replace("_", "-")
+    out = tmp_path / name
+    assert f"1 facts by {name}" in done("edit", base, *FACT, "--method", name, "--seed", 1, "-o", out).out
+    record = done("show", out, "--json").json
+    assert (record["method"], record["settings"]["seed"]) == (method, 1)
+    (effect,) = record["report"]["effect"]
+    assert effect["nll_after"] < effect["nll_before"]
+    assert record["weights"]
+
+
+def test_what_a_method_warns_of_is_told(done, base, tmp_path):
+    said = done("edit", base, *FACT, "--method", "rets", "-o", tmp_path / "a").out
+    warned = done("edit", base, *FACT, "--method", "rets", "-o", tmp_path / "b", "--json").json["warnings"]
+    assert warned
+    assert all(f"note: {warning}" in said for warning in warned)
 
 
 def test_edit_tells_the_certificates_to_people(done, base, tmp_path):
@@ -234,7 +254,43 @@ def test_a_filled_prompt_and_a_setting_with_an_equals_sign(done, base, tmp_path)
         ((*FACT, "--max-harm", "0"), "--max-harm must lie between 0 and 1; got 0."),
         ((*FACT, "--max-harm", "1.5"), "--max-harm must lie between 0 and 1; got 1.5."),
         ((*FACT, "--max-harm", "nan"), "--max-harm must lie between 0 and 1; got nan."),
+        ((*FACT, "--max-harm", "-0.1"), "--max-harm must lie between 0 and 1; got -0.1."),
         ((*FACT, "--max-harm", "0.1", "--confidence", "1"), "--confidence must lie between 0 and 1; got 1."),
+        ((*FACT, "--confidence", "0.9"), "--confidence is that of the certificate: it goes with --max-harm."),
+        ((*FACT, "--max-harms", "0.1"), "There is no option --max-harms. Did you mean --max-harm?"),
+        ((*FACT, "--learning-rate"), "--learning-rate needs a value."),
+        (("--facts", "f.jsonl", "--subject", "x"), "Give either --facts, or --prompt with --subject and --target."),
+        (("--facts", "f.jsonl", "--truth", "x"), "Give either --facts, or --prompt with --subject and --target."),
+        ((*FACT, "--block", "-2"), "block must be int >= -1; got -2."),
+        ((*FACT, "--method", "memit", "--blocks", "7"), "memit: blocks must ascend within 0 to 1; got [7]."),
+        ((*FACT, "--method", "memit", "--blocks", "1,0"), "memit: blocks must ascend within 0 to 1; got [1, 0]."),
+        ((*FACT, "--method", "memit", "--blocks", "-1"), "memit: blocks must ascend within 0 to 1; got [-1]."),
+        ((*FACT, "--method", "memit", "--blocks", "first"), "blocks must be "),
+        ((*FACT, "--method", "rose", "--blocks", "2"), "rose: blocks must ascend within 0 to 1; got [2]."),
+        ((*FACT, "--method", "emmet", "--blocks", "0,1"), "emmet: blocks takes one block; got [0, 1]."),
+        ((*FACT, "--method", "rets", "--block", "2"), "rets: this model has blocks 0 to 1; got 2."),
+        ((*FACT, "--method", "rets", "--constraints", "no.txt"), "'no.txt' cannot be read: No such file"),
+        ((*FACT, "--method", "top", "--blocks", "1"), "top: blocks must ascend within 0 to 0"),
+        ((*FACT, "--method", "top", "--offset", "5"), "top: offset must lead to a later block of this model (0 to 1)"),
+        (
+            (*FACT, "--method", "rose", "--integrate", "average"),
+            "integrate must be minnorm | mean | sum | joint | tree",
+        ),
+        ((*FACT, "--method", "alphaedit", "--energy", "2"), "energy must be float > 0 and <= 1; got 2."),
+        ((*FACT, "--method", "ft-l", "--max-change", "-1"), "max_change must be float >= 0; got -1."),
+        ((*FACT, "--max-drift", "-1"), "max_drift must be float >= 0; got -1."),
+        ((*FACT, "--batch", "2", "--png", "c.png"), "--batch, --png: only for edits in sequence."),
+        ((*FACT, "--sequence"), "--sequence needs -o FOLDER for the edited model"),
+        ((*FACT, "--sequence", "-o", "m", "--max-harm", "0.1"), "its guard is --max-perplexity."),
+        ((*FACT, "--sequence", "-o", "m", "--batch", "0"), "need at least 1 fact; got 0"),
+        ((*FACT, "--sequence", "-o", "m", "--every", "-1"), "need at least 1 fact; got 10 and -1."),
+        ((*FACT, "--sequence", "-o", "m", "--max-perplexity", "1"), "ratio of perplexities above 1, e.g. 1.1; got 1."),
+        ((*FACT, "--sequence", "-o", "m", "--max-perplexity", "nan"), "above 1, e.g. 1.1; got nan."),
+        (
+            (*FACT, "--sequence", "-o", "m", "--html", "no/r.html"),
+            "--html no/r.html must be a file in a folder that exi",
+        ),
+        ((*FACT, "--sequence", "-o", "m", "--png", "."), "--png . must be a file in a folder that exists."),
     ],
 )
 def test_edit_names_a_mistake_and_writes_nothing(refused, base, tmp_path, monkeypatch, words, says):
@@ -272,6 +328,58 @@ def test_a_method_for_decoders_refuses_an_encoder(refused, bert):
     says = refused("edit", bert, *FACT)
     assert "Method 'rome' edits models that predict the next token" in says
     assert "is a bert encoder. Open a decoder" in says
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "facts.json is empty."),
+        ("[1, 2]", "facts.json: unknown format. Fields found: none. Known formats:"),
+        ('[{"prompt": ', "facts.json: broken JSON at column 13"),
+        ('[{"prompt": "Rome is in", "subject": "Rome"}]', "facts.json record 0 (from 0): field 'target' is missing"),
+        ('{"place": "Rome"}', "facts.json: unknown format. Fields found: place."),
+        (b"\xff\xfe", "facts.json is not UTF-8 text"),
+    ],
+)
+def test_a_file_of_no_facts_is_named(refused, base, tmp_path, text, says):
+    path = tmp_path / "facts.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    for words in (("edit", base), ("locate", base), ("diagnose", base)):
+        assert says in refused(*words, "--facts", path)
+    assert says in refused("bench", "edit", "--model", base, "--data", path, "--json", tmp_path / "b.json")
+
+
+SUBJECTLESS = {"ft_l", "ft_m", "rets"}
+
+
+@pytest.mark.parametrize("method", [e.name for e in registry.methods("edit")])
+def test_a_fact_without_a_subject_is_for_methods_that_need_none(retouch, base, tmp_path, method):
+    words = ("--prompt", ASKED, "--target", TARGET, "--method", method, "-o", tmp_path / "c")
+    said = retouch("edit", base, *words)
+    if method in SUBJECTLESS:
+        assert said.code == 0, said.err
+    else:
+        assert said.code == 2
+        assert f"The fact {ASKED!r} has no subject; this method writes at the subject's last token." in said.err
+        assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("method", [e.name for e in registry.methods("edit")])
+def test_an_encoder_cannot_be_edited(refused, bert, tmp_path, method):
+    says = refused("edit", bert, *FACT, "--method", method, "-o", tmp_path / "c")
+    assert f"Method {method!r} edits models that predict the next token; {bert} is a bert encoder." in says
+    assert "Open a decoder, e.g. smollm2." in says
+
+
+def test_facts_whose_keys_coincide_are_named_by_emmet(retouch, base, tmp_path):
+    rows = [("{} has its capital in", "Lyon"), ("{} is a land of", "kings")]
+    lines = [json.dumps({"prompt": p, "subject": "France", "target": a}) for p, a in rows]
+    (tmp_path / "facts.jsonl").write_text("\n".join(lines))
+    said = retouch("edit", base, "--facts", tmp_path / "facts.jsonl", "--method", "emmet", "-o", tmp_path / "c")
+    assert said.code == 1
+    assert "France has its capital in and France is a land of share one key: group them by subject" in said.err
+    assert "method rose or memit_merge" in said.err
+    assert not (tmp_path / "c").exists()
 
 
 @pytest.mark.parametrize("what", ["file", "folder", "model"])
@@ -314,7 +422,10 @@ def test_a_refusal_has_its_own_exit_code_and_saves_nothing(refused, base, tmp_pa
 
 def test_an_unknown_model_is_named(refused):
     says = refused("edit", "no-such-model", *FACT)
-    assert "No model 'no-such-model': it is no folder, no .gguf file and no bundled name (smollm2, gemma3-270m, minilm)" in says
+    assert (
+        "No model 'no-such-model': it is no folder, no .gguf file and no bundled name (smollm2, gemma3-270m, minilm)"
+        in says
+    )
     assert "There is no model folder './nowhere'" in refused("ask", "./nowhere", "x")
     assert "There is no file 'no.gguf'" in refused("ask", "no.gguf", "x")
 
@@ -336,6 +447,13 @@ def test_a_pickled_model_is_never_read(refused, base, tmp_path):
     says = refused("ask", folder, "x")
     assert "only pickled weights (pytorch_model.bin), which can run code when read" in says
     assert not trap.exists()
+
+
+def test_a_family_that_is_not_described_is_refused(refused, tiny, base, tmp_path):
+    folder = shutil.copytree(base, tmp_path / "mixture")
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "mixtral", "num_local_experts": 4}
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["MixtralForCausalLM"]}))
+    assert "No model family is called 'mixtral'." in refused("edit", folder, *FACT)
 
 
 def test_a_folder_without_a_model_says_so(refused, tmp_path):
@@ -478,6 +596,38 @@ def test_a_sequence_writes_a_model_a_report_and_a_picture(base, capsys, tmp_path
         sequence_of(facts, base, tmp_path / "taken")
 
 
+def test_edit_in_sequence_by_the_command_line(done, retouch, base, facts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ("edit", base, "--facts", facts, *QUICK, "--sequence", "--batch", 1, "--every", 1)
+    said = done(*words, "--max-perplexity", 100, "-o", "m", "--html", "r.html", "--png", "c.png")
+    assert "2 edits by ft_m, 1 at a time" in said.out
+    assert "Saved as m: 2 changes. See: retouch log m" in said.out
+    assert "<svg" in Path("r.html").read_text()
+    assert Path("c.png").read_bytes()[1:4] == b"PNG"
+    assert [c["status"] for c in done("log", "m", "--json").json["changes"]] == ["active", "active"]
+    record = done(*words, "--max-perplexity", 100, "-o", "n", "--json").json
+    assert (record["model"], record["n_edits"], record["changes"]) == ("n", 2, 2)
+    assert [p["n_edits"] for p in record["points"]] == [1, 2]
+    assert equal(weights(Path("m")), weights(Path("n")))
+    done("undo", "m", 2)
+    done("undo", "m", 1)
+    assert equal(weights(Path("m")), weights(base))
+
+
+def test_a_sequence_stops_at_its_bound_with_exit_code_3(retouch, refused, base, facts, tmp_path):
+    words = ("edit", base, "--facts", facts, "--method", "ft-m", "--n-steps", 20, "--learning-rate", 0.3, "--sequence")
+    says = refused(*words, "--batch", 1, "--max-perplexity", 1.0001, "-o", tmp_path / "m", code=3)
+    assert "so the last batch was not kept: 0 edits stand." in says
+    assert f"The model with those is in {tmp_path / 'm'}." in says
+    assert equal(weights(tmp_path / "m"), weights(base))
+
+
+def test_a_sequence_replaces_nothing_that_is_no_model_of_ours(refused, base, facts, tmp_path):
+    (tmp_path / "mine").mkdir()
+    says = refused("edit", base, "--facts", facts, "--sequence", "-o", tmp_path / "mine")
+    assert f"{tmp_path / 'mine'} exists and is no model of ours. Name another folder." in says
+
+
 def test_a_model_without_changes_has_an_empty_log(done, base):
     assert "No changes." in done("log", base).out
     assert done("log", base, "--json").json == {"base": None, "changes": []}
@@ -510,8 +660,21 @@ def test_what_is_undone_cannot_be_undone_again(done, refused, carrying, tmp_path
 
 def test_undo_and_log_of_what_carries_nothing(refused, base, change, tmp_path):
     assert "Change number 1 does not exist. Active: none." in refused("undo", base, 1, "-o", tmp_path / "m")
-    assert "There is no model folder" in refused("log", tmp_path / "nowhere")
-    assert "holds no model of ours (kind 'change')" in refused("log", change)
+    for command in (("log",), ("undo", "1")):
+        name, *number = command
+        assert "There is no model folder" in refused(name, tmp_path / "nowhere", *number)
+        assert "holds no model of ours (kind 'change')" in refused(name, change, *number)
+    assert "There is no model folder 'smollm2'" in refused("undo", "smollm2", 1)
+
+
+def test_what_is_no_change_is_named(refused, base, facts, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for what, says in ((tmp_path / "empty", "has no manifest.json"), (facts, "is a file; a folder that Retouch saved")):
+        assert says in refused("show", what)
+        assert says in refused("apply", base, what, "-o", tmp_path / "m")
+        assert says in refused("ask", base, "x", "--change", what)
+        assert says in refused("diagnose", base, "--facts", facts, "--change", what)
+    assert not (tmp_path / "m").exists()
 
 
 def test_a_change_is_applied_once(refused, carrying, change, tmp_path):
@@ -660,6 +823,57 @@ def test_ask_needs_a_text_and_a_length(refused, base, words, says):
     assert says in refused("ask", base, *words)
 
 
+# locate, diagnose
+
+
+@pytest.mark.parametrize("command", ["locate", "diagnose"])
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ((), "Name a fact: --prompt, --subject and --target; or a file of them: --facts."),
+        (("--prompt", PROMPT, "--target", "x"), "Name a fact: --prompt, --subject and --target"),
+        (("--facts", "f.jsonl", "--subject", "x"), "Give either --facts, or --prompt"),
+        ((*FACT, "--n", "3"), "--n counts the facts of a file: it goes with --facts."),
+        (("--facts", "nowhere.jsonl"), "there is no file 'nowhere.jsonl'"),
+        (("--prompt", "Rome is in", "--subject", "Milan", "--target", "x"), "subject 'Milan' is not in the prompt"),
+        ((*FACT, "--samples", "0"), "--samples must be at least 1; got 0."),
+        ((*FACT, "--report", "no/page.html"), "--report no/page.html must be a file in a folder that exists."),
+    ],
+)
+def test_locate_and_diagnose_name_a_mistake(refused, base, command, words, says):
+    assert says in refused(command, base, *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("locate", "--window", "0"), "--window must be at least 1; got 0."),
+        (("locate", "--part", "head"), "part must be one of mlp, attention, state; got 'head'."),
+        (("locate", "--attributes", "no.txt"), "--attributes no.txt cannot be read"),
+        (("diagnose", "--what", " , "), "--what names no diagnostic. Give some of drift, delivery"),
+        (("diagnose", "--what", "drift,speed"), "There is no diagnostic 'speed'. Known: drift"),
+        (("diagnose", "--block", "9"), "block: this model has blocks 0 to 1; got 9."),
+        (("diagnose", "--block", "-7"), "--block must be a block, counted from 0, or -1; got -7."),
+    ],
+)
+def test_a_wrong_option_of_locate_and_diagnose(refused, base, words, says):
+    command, *more = words
+    assert says in refused(command, base, *FACT, *more)
+
+
+def test_locate_and_diagnose_of_an_encoder(refused, bert):
+    for command in ("locate", "diagnose"):
+        assert "edits models that predict the next token" in refused(command, bert, *FACT)
+
+
+def test_locate_and_diagnose_for_programs_and_people(done, base, change):
+    found = done("locate", base, *FACT, "--samples", 1, "--json").json
+    assert {"model", "causal_trace", "attribute_rate", "knock_outs", "left_out"} == set(found)
+    told = done("diagnose", base, *FACT, "--change", change, "--what", "drift", "--json").json
+    assert (told["method"], told["block"]) == ("ft_m", 1)
+    assert "Diagnosis of" in done("diagnose", base, *FACT, "--what", "drift").out
+
+
 def test_an_encoder_cannot_be_asked(refused, bert):
     assert "is a bert encoder without a next token to predict" in refused("ask", bert, "x")
 
@@ -684,6 +898,9 @@ def test_methods_lists_all_of_them_and_one_with_its_settings(done):
 def test_methods_names_what_is_unknown(refused):
     assert "No verb is called 'edti'. Did you mean 'edit'?" in refused("methods", "edti")
     assert "No edit method is called 'romee'. Did you mean 'rome'?" in refused("methods", "edit", "romee")
+    assert "'memit-merge' is a method of edit. See: retouch methods edit memit-merge" in refused(
+        "methods", "memit-merge"
+    )
 
 
 def test_doctor(done):
@@ -721,6 +938,9 @@ def test_bench_writes_its_file_and_shows_a_table(done, base, facts, tmp_path):
         (("--suite", "counter"), "No suite is called 'counter'"),
         (("--suite", "same-subject"), "drawn from the data sets: give their folder"),
         (("--group-size", "0"), "--group-size must be at least 1"),
+        (("--methods", ""), "No method was named. See: retouch methods edit"),
+        (("--methods", "rome:block"), "--block needs a value."),
+        (("--methods", "rome:block=9"), "rome: this model has blocks 0 to 1; got 9."),
     ],
 )
 def test_bench_names_a_mistake(refused, base, facts, tmp_path, words, says):
@@ -752,6 +972,23 @@ def test_bench_of_a_sequence_shows_what_was_measured_last(done, base, facts, tmp
 def test_bench_without_facts_or_suite(refused, base, tmp_path):
     says = refused("bench", "edit", "--model", base, "--json", tmp_path / "b.json")
     assert "Name a file of facts with --data, or a suite with --suite" in says
+
+
+def test_bench_names_what_would_fail_late_before_it_opens_a_model(refused, facts, tmp_path, monkeypatch):
+    monkeypatch.delenv("RETOUCH_DATA", raising=False)
+    words = ("bench", "edit", "--model", "no-such-model")
+    out = ("--json", tmp_path / "b.json")
+    folder = ("--suite", "same-subject", "--data", tmp_path)
+    assert "is a folder, and the result is a file" in refused(*words, "--data", facts, "--json", tmp_path)
+    assert "--group-size must be 1, 2, 4, 8; got 3." in refused(*words, *folder, "--group-size", 3, *out)
+    assert "there is no file" in refused(*words, "--data", tmp_path / "no.jsonl", *out)
+    assert "no folder is named. Set RETOUCH_DATA or give --data." in refused(*words, "--suite", "zsre", *out)
+
+
+def test_bench_of_a_suite_whose_data_is_not_there(refused, base, tmp_path):
+    for suite in ("counterfact", "same-subject", "knowedit", "zsre", "sequential"):
+        says = refused("bench", "edit", "--model", base, "--suite", suite, "--data", tmp_path, "--json", tmp_path / "b")
+        assert "there is no " in says
 
 
 def test_bench_of_facts_that_are_not_there(refused, base, tmp_path):
@@ -837,8 +1074,39 @@ def test_help_loads_no_torch():
     with process(code, "--help") as running:
         out, err = running.communicate(timeout=60)
     assert out.splitlines()[-1] == "0 []", err
-    for name in ("edit", "apply", "undo", "log", "show", "diff", "ask", "methods", "doctor", "demo", "bench"):
+    known = (
+        "edit",
+        "apply",
+        "undo",
+        "log",
+        "show",
+        "diff",
+        "ask",
+        "locate",
+        "diagnose",
+        "methods",
+        "doctor",
+        "demo",
+        "bench",
+    )
+    for name in known:
         assert name in out
+
+
+def test_numbers_that_are_not_finite_are_null_for_programs(capsys):
+    from retouch.cli import _show
+
+    _show.emit({"ratio": float("inf"), "rows": [(1, float("nan"))]})
+    assert json.loads(capsys.readouterr().out) == {"ratio": None, "rows": [[1, None]]}
+
+
+def test_a_sentence_is_never_broken(capsys, monkeypatch):
+    from retouch.cli import _show
+
+    monkeypatch.setenv("COLUMNS", "20")
+    sentence = "Next: retouch ask a/long/folder/of/a/model 'The capital of France' --change :car:[b]"
+    _show.say(sentence)
+    assert capsys.readouterr().out == sentence + "\n"
 
 
 def test_ctrl_c_while_planning_leaves_nothing_half_written(base, tmp_path):

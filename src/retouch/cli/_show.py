@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["console", "emit", "progress", "table"]
+__all__ = ["console", "emit", "progress", "say", "table", "writable"]
 
 
 def console() -> Console:
@@ -23,8 +25,23 @@ def console() -> Console:
 
 
 def emit(value: Any) -> None:
-    """Write a result for programs."""
-    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    """Write a result for programs: strict JSON, in which a number that is not finite is null."""
+    sys.stdout.write(json.dumps(_strict(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _strict(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def say(sentence: str, style: str = "") -> None:
+    """Write a sentence for people as it is: never broken, so that a command in it can be copied."""
+    from rich.text import Text
+
+    console().print(Text(sentence, style), soft_wrap=True)
 
 
 def table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
@@ -32,12 +49,35 @@ def table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    drawn = Table(title=Text(title), title_justify="left", title_style="bold", show_edge=False, pad_edge=False)
+    drawn = Table(show_edge=False, pad_edge=False)
     for column in columns:
         drawn.add_column(column, overflow="fold")
     for row in rows:
         drawn.add_row(*(Text(_cell(c)) for c in row))
+    say(title, "bold")  # a table's own title would be folded to the table's width
     console().print(drawn)
+
+
+def writable(flag: str, path: Path | None, *needed: str) -> None:
+    """Refuse a file that could not be written, before any work.
+
+    Args:
+        flag: What the user named it with.
+        path: The file; None asks for none.
+        needed: Packages that draw it.
+
+    Raises:
+        UserError: It is a folder, stands in none, or a package is not installed.
+    """
+    from .._pictures import need
+    from ..errors import UserError
+
+    if path is None:
+        return
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise UserError(f"{flag} {path} must be a file in a folder that exists.")
+    for package in needed:
+        need(package)
 
 
 def _cell(value: Any) -> str:

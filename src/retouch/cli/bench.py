@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from . import _show
+
+if TYPE_CHECKING:
+    from ..edit._sets import Asked
 
 __all__ = ["app"]
 
@@ -60,6 +63,7 @@ def edit(
     if batch < 1 or generations < 0 or n < 1 or chunk < 0:
         raise UserError("--n and --batch must be at least 1, --generations at least 0, --chunk at least 0.")
     asked = Asked(suite, tuple(data or ()), n, group_size, known, seed, skip_bad)
+    _check(asked, json_)
     from ..model import open_model
 
     with _show.progress():
@@ -78,10 +82,27 @@ def edit(
     _shown(result, json_)
 
 
+def _check(asked: Asked, out: Path) -> None:
+    """Name what would fail only after the model is open, or after all the work."""
+    from ..edit.facts import load
+    from ..edit.suites import SIZES
+    from ..errors import UserError
+
+    if out.is_dir():
+        raise UserError(f"--json {out} is a folder, and the result is a file. Choose another name.")
+    if asked.suite == "same-subject" and asked.group_size not in SIZES:
+        raise UserError(f"--group-size must be {', '.join(map(str, SIZES))}; got {asked.group_size}.")
+    for path in asked.files():
+        if not path.is_file():
+            load(path)  # says what is near
+    if asked.suite and not asked.files():
+        asked.folder()
+
+
 def _shown(result: dict[str, Any], out: Path) -> None:
     table = [[m, *(v.get(k) for k in _COLUMNS)] for m, v in result["methods"].items()]
     kept = [i for i in range(len(_COLUMNS) + 1) if i == 0 or any(row[i] is not None for row in table)]
     heads = ["method", *_COLUMNS]
     title = f"{result['n']} facts of {result['data']}"
     _show.table(title, [heads[i] for i in kept], [[row[i] for i in kept] for row in table])
-    _show.console().print(f"Saved as {out}.", markup=False)
+    _show.say(f"Saved as {out}.")

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from . import _show
+from ._facts import asked_facts
+
+if TYPE_CHECKING:
+    from ..edit.base import EditMethod
 
 __all__ = ["add_to"]
 
@@ -31,19 +36,23 @@ def edit(
     max_harm: Annotated[
         float | None, typer.Option(help="Largest certified harm, 0 to 1; more is refused with exit code 3.")
     ] = None,
-    confidence: Annotated[float, typer.Option(help="Of the certificate.")] = 0.95,
+    confidence: Annotated[float | None, typer.Option(help="Of the certificate (--max-harm); default 0.95.")] = None,
     sequence: Annotated[
         bool, typer.Option("--sequence", help="Edit batch after batch, under a guard; -o is the edited model's folder.")
     ] = False,
-    batch: Annotated[int, typer.Option(help="Facts of one batch (--sequence).")] = 10,
+    batch: Annotated[int | None, typer.Option(help="Facts of one batch (--sequence); default 10.")] = None,
     max_perplexity: Annotated[
-        float,
-        typer.Option(help="Stop with exit code 3 before neutral perplexity rises by more than this (--sequence)."),
-    ] = 1.1,
-    every: Annotated[int | None, typer.Option(help="Edits between two measurements (--sequence).")] = None,
+        float | None,
+        typer.Option(
+            help="Stop with exit code 3 before neutral perplexity rises by more than this factor (--sequence); default 1.1."
+        ),
+    ] = None,
+    every: Annotated[
+        int | None, typer.Option(help="Edits between two measurements (--sequence); default a tenth of all.")
+    ] = None,
     html: Annotated[Path | None, typer.Option(help="A report with the collapse curve (--sequence).")] = None,
     png: Annotated[Path | None, typer.Option(help="The collapse curve as a picture (--sequence).")] = None,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder of the change.")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder of the change; default METHOD-ID.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Results for programs.")] = False,
 ) -> None:
     """Correct facts inside a model's weights: plan a change, prove it, save it. The model itself stays as it is.
@@ -52,24 +61,23 @@ def edit(
     """
     from .. import registry
     from ..errors import UserError
-    from ..settings import from_flags
 
-    chosen = from_flags(registry.load("edit", method), context.args)
-    wanted = _facts(prompt, subject, target, truth, facts)
-    if max_harm is not None and not 0 < max_harm < 1:
-        raise UserError(f"--max-harm must lie between 0 and 1; got {max_harm:g}.")
-    if max_harm is not None and not 0 < confidence < 1:
-        raise UserError(f"--confidence must lie between 0 and 1; got {confidence:g}.")
+    chosen = _method(context, registry.load("edit", method))
+    wanted = asked_facts(prompt, subject, target, truth, facts)
+    _check(max_harm, confidence)
+    for_sequence = {"batch": batch, "max-perplexity": max_perplexity, "every": every, "html": html, "png": png}
     if sequence:
         if max_harm is not None or out is None:
             raise UserError("--sequence needs -o FOLDER for the edited model, and its guard is --max-perplexity.")
         from .sequence import sequence_command
 
         sequence_command(
-            model, wanted, chosen, batch=batch, out=out, max_perplexity=max_perplexity, every=every, html=html, png=png,
-            json_=json_,
+            model, wanted, chosen, out=out, batch=10 if batch is None else batch, every=every, html=html, png=png,
+            max_perplexity=1.1 if max_perplexity is None else max_perplexity, json_=json_,
         )  # fmt: skip
         return
+    if alone := [f"--{name}" for name, value in for_sequence.items() if value is not None]:
+        raise UserError(f"{', '.join(alone)}: only for edits in sequence. Give --sequence too, or leave it out.")
     if out is not None and out.exists() and not (out / "change.safetensors").is_file():
         raise UserError(f"{out} exists and is no change of ours. Name another folder.")
     from ..change import save
@@ -78,23 +86,25 @@ def edit(
 
     with _show.progress():
         ledger = open_ledger(model)
-        done = edit_facts(ledger, wanted, chosen, max_harm=max_harm, confidence=confidence)
+        done = edit_facts(ledger, wanted, chosen, max_harm=max_harm, confidence=confidence or 0.95)
     out = out or Path(f"{done.change.method}-{done.change.id}")
     save(done.change, out)
+    warnings = list(dict.fromkeys(w for f in done.change.notes.get("facts", ()) for w in f.get("warnings", ())))
     if json_:
-        _show.emit({"change": str(out), "id": done.change.id, "method": method, "report": dict(done.change.report)})
+        told = {"change": str(out), "id": done.change.id, "method": done.change.method, "warnings": warnings}
+        _show.emit({**told, "report": dict(done.change.report)})
         return
     rows = [[f.filled, f.target, f"{_p(e['nll_before'])} -> {_p(e['nll_after'])}"] for f, e in zip(wanted, done.effect)]
     _show.table(f"{len(wanted)} facts by {method}", ["prompt", "new answer", "probability"], rows)
-    for warning in dict.fromkeys(w for f in done.change.notes.get("facts", ()) for w in f.get("warnings", ())):
-        _show.console().print(f"note: {warning}", style="yellow", markup=False)
+    for warning in warnings:
+        _show.say(f"note: {warning}", "yellow")
     if done.harm is not None:
         for certificate in done.harm.certificates:
-            _show.console().print(certificate.sentence(), markup=False)
-        _show.console().print(f"Perplexity on neutral text: x {done.harm.perplexity_ratio:.4f}", markup=False)
+            _show.say(certificate.sentence())
+        _show.say(f"Perplexity on neutral text: x {done.harm.perplexity_ratio:.4f}")
     seconds = done.change.report["seconds"]
-    _show.console().print(f"Saved as {out} ({done.change.n_numbers:,} numbers, planned in {seconds} s).", markup=False)
-    _show.console().print(f'Next: retouch ask {model} "{wanted[0].filled}" --change {out}', markup=False)
+    _show.say(f"Saved as {out} ({done.change.n_numbers:,} numbers, planned in {seconds} s).")
+    _show.say(f'Next: retouch ask {model} "{wanted[0].filled}" --change {out}')
 
 
 def _p(nll: float) -> str:
@@ -103,14 +113,26 @@ def _p(nll: float) -> str:
     return f"{math.exp(-nll):.2g}"
 
 
-def _facts(prompt: str | None, subject: str, target: str | None, truth: str | None, path: Path | None) -> list:  # type: ignore[type-arg]
-    from ..edit.facts import Fact, load
+def _method(context: typer.Context, cls: type[EditMethod]) -> EditMethod:
+    """Make the method of the words that are no option of the command: they are its settings."""
+    from ..errors import UserError
+    from ..settings import fields_of, from_flags
+
+    settings = {f"--{f.name.replace('_', '-')}" for f in fields_of(cls)}
+    options = [o for p in context.command.params for o in p.opts if o.startswith("--")]
+    for word in (w.partition("=")[0].replace("_", "-") for w in context.args):
+        is_setting = not word.startswith("--") or difflib.get_close_matches(word, settings, 1, 0.8)
+        if not is_setting and (near := difflib.get_close_matches(word, options, 1, 0.8)):
+            raise UserError(f"There is no option {word}. Did you mean {near[0]}?")
+    return from_flags(cls, context.args)
+
+
+def _check(max_harm: float | None, confidence: float | None) -> None:
     from ..errors import UserError
 
-    if path is not None and (prompt or target):
-        raise UserError("Give either --facts, or --prompt with --subject and --target.")
-    if path is not None:
-        return load(path)
-    if prompt is None or target is None:
-        raise UserError("Name a fact: --prompt, --subject and --target; or a file of them: --facts.")
-    return [Fact.of(prompt, subject, target, truth)]
+    if max_harm is not None and not 0 < max_harm < 1:
+        raise UserError(f"--max-harm must lie between 0 and 1; got {max_harm:g}.")
+    if confidence is not None and max_harm is None:
+        raise UserError("--confidence is that of the certificate: it goes with --max-harm.")
+    if confidence is not None and not 0 < confidence < 1:
+        raise UserError(f"--confidence must lie between 0 and 1; got {confidence:g}.")

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import _show
+from ._facts import asked_facts
 
 if TYPE_CHECKING:
-    from ..edit.facts import Fact
     from ..report import Report
 
 __all__ = ["add_to"]
@@ -52,10 +52,10 @@ def locate(
 
     Example: retouch locate smollm2 --prompt "The capital of {} is" --subject France --target Paris --report page.html
     """
-    wanted = _facts(prompt, subject, target, facts, n)
+    wanted = asked_facts(prompt, subject, target, None, facts, n, needs_subject=True)
     words = _words(attributes)
     _check(samples, window)
-    _writable(report)
+    _show.writable("--report", report, "jinja2", "matplotlib")
     from ..edit.locate import locate as trace
     from ..ledger import open_ledger
 
@@ -87,15 +87,15 @@ def diagnose(
 
     Example: retouch diagnose smollm2 --facts facts.jsonl --change lyon --report page.html
     """
-    wanted = _facts(prompt, subject, target, facts, n)
-    _check(samples, None)
-    _writable(report)
+    wanted = asked_facts(prompt, subject, target, None, facts, n, needs_subject=True)
+    _check(samples, None, block)
+    names = _named(what)
+    _show.writable("--report", report, "jinja2", "matplotlib")
     from ..change import load
     from ..edit.diagnose import diagnose as examine
     from ..ledger import open_ledger
 
     planned = load(change) if change is not None else None
-    names = [w.strip() for w in what.split(",") if w.strip()]
     with _show.progress():
         opened = open_ledger(model).model
         found = examine(
@@ -104,17 +104,13 @@ def diagnose(
     _shown(found.report(pictures=report is not None), report, json_)
 
 
-def _facts(prompt: str | None, subject: str, target: str | None, path: Path | None, n: int | None) -> list[Fact]:
-    from ..edit.facts import Fact, load
+def _named(what: str) -> list[str]:
     from ..errors import UserError
 
-    if path is not None and (prompt or target):
-        raise UserError("Give either --facts, or --prompt with --subject and --target.")
-    if path is not None:
-        return load(path, n)
-    if prompt is None or target is None or not subject:
-        raise UserError("Name a fact: --prompt, --subject and --target; or a file of them: --facts.")
-    return [Fact.of(prompt, subject, target)]
+    names = [w.strip() for w in what.split(",") if w.strip()]
+    if not names:
+        raise UserError("--what names no diagnostic. Give some of drift, delivery, landscape, shortcut.")
+    return names
 
 
 def _words(path: Path | None) -> list[str]:
@@ -131,21 +127,15 @@ def _words(path: Path | None) -> list[str]:
     return words
 
 
-def _check(samples: int, window: int | None) -> None:
+def _check(samples: int, window: int | None, block: int = -1) -> None:
     from ..errors import UserError
 
     if samples < 1:
         raise UserError(f"--samples must be at least 1; got {samples}.")
     if window is not None and window < 1:
         raise UserError(f"--window must be at least 1; got {window}.")
-
-
-def _writable(page: Path | None) -> None:
-    """Refuse a page that could not be written, before any work."""
-    from ..errors import UserError
-
-    if page is not None and (page.is_dir() or not page.absolute().parent.is_dir()):
-        raise UserError(f"--report {page} must be a file in a folder that exists.")
+    if block < -1:
+        raise UserError(f"--block must be a block, counted from 0, or -1; got {block}.")
 
 
 def _shown(made: Report, page: Path | None, json_: bool) -> None:
@@ -160,4 +150,4 @@ def _shown(made: Report, page: Path | None, json_: bool) -> None:
         return
     _show.console().print(to_terminal(made))
     if page is not None:
-        _show.console().print(f"The report with pictures: {page}", markup=False)
+        _show.say(f"The report with pictures: {page}")

@@ -21,7 +21,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def methods(
-    verb: Annotated[str | None, typer.Argument(help="edit")] = None,
+    verb: Annotated[str | None, typer.Argument(help="Whose methods: edit.")] = None,
     name: Annotated[str | None, typer.Argument(help="One method: its settings.")] = None,
     json_: Json = False,
 ) -> None:
@@ -29,6 +29,8 @@ def methods(
     from .. import registry
     from ..settings import fields_of
 
+    if verb and not name and verb not in registry.BASES:
+        _is_method(verb)
     if verb and name:
         entry = registry.find(verb, name)
         rows = [
@@ -39,7 +41,7 @@ def methods(
             keys = ("flag", "default", "type", "allowed", "doc")
             _show.emit({"name": entry.name, "doc": entry.doc, "settings": [dict(zip(keys, r)) for r in rows]})
             return
-        _show.console().print(entry.doc, markup=False)
+        _show.say(entry.doc)
         _show.table("Settings", ["flag", "default", "type", "allowed", "what"], rows)
         return
     found = [e for v in ([verb] if verb else registry.BASES) for e in registry.methods(v)]
@@ -49,7 +51,17 @@ def methods(
     _show.table(
         "Methods", ["verb", "name", "what it does", "source"], [[e.verb, e.name, e.summary, e.source] for e in found]
     )
-    _show.console().print("Settings of one: retouch methods edit rome")
+    _show.say("Settings of one: retouch methods edit rome")
+
+
+def _is_method(word: str) -> None:
+    """Tell where a method stands that was asked for without its verb."""
+    from .. import registry
+    from ..errors import UserError
+
+    for verb in registry.BASES:
+        if any(e.name == word.replace("-", "_") for e in registry.methods(verb)):
+            raise UserError(f"{word!r} is a method of {verb}. See: retouch methods {verb} {word}")
 
 
 def doctor(json_: Json = False) -> None:
@@ -63,7 +75,7 @@ def doctor(json_: Json = False) -> None:
     for title, values in found.items():
         _show.table(title, ["what", "value"], [[k, v] for k, v in values.items()])
     missing = [f"{k}: {v}" for k, v in found["extras and models"].items() if str(v).startswith("missing")]
-    _show.console().print("\n".join(["", *missing]) if missing else "\nNothing is missing.", markup=False)
+    _show.say("\n".join(["", *missing]) if missing else "\nNothing is missing.")
 
 
 def demo(
@@ -83,4 +95,4 @@ def demo(
         _show.emit(dict(report.numbers))
         return
     _show.console().print(to_terminal(report))
-    _show.console().print(f"The report with pictures: {out / 'report.html'}", markup=False)
+    _show.say(f"The report with pictures: {out / 'report.html'}")

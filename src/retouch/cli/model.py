@@ -58,13 +58,10 @@ def apply(
     if json_:
         _show.emit({"model": str(out), "lost": lost, **after.to_dict()})
         return
-    _show.console().print(
-        f"{out} carries {len(after.active)} changes (the new one is number {after.entries[-1].number}).",
-        markup=False,
-    )
+    _show.say(f"{out} carries {len(after.active)} changes (the new one is number {after.entries[-1].number}).")
     for name, share in lost.items():
-        _show.console().print(f"{name}: the stored type loses {share:.1%} of the change.", markup=False)
-    _show.console().print(f"Undo it: retouch undo {out} {after.entries[-1].number}", markup=False)
+        _show.say(f"{name}: the stored type loses {share:.1%} of the change.")
+    _show.say(f"Undo it: retouch undo {out} {after.entries[-1].number}")
 
 
 def undo(
@@ -80,8 +77,9 @@ def undo(
     json_: Json = False,
 ) -> None:
     """Take one change, or one fact of it, out of a model, bit for bit, in any order."""
-    from ..ledger import open_ledger, save_ledger
+    from ..ledger import open_ledger, read_log, save_ledger
 
+    read_log(model)  # no folder, or no model of ours: said before anything is opened
     with _show.progress():
         ledger = open_ledger(str(model)).undo(number, fact)
         if resolve:
@@ -94,7 +92,7 @@ def undo(
         return
     is_base = "; the weights are the unchanged model's again, bit for bit" if not ledger.active else ""
     what = f"Change {number}" if fact is None else f"Fact {fact} of change {number}"
-    _show.console().print(f"{what} is out of {out or model}; {len(ledger.active)} stay{is_base}.", markup=False)
+    _show.say(f"{what} is out of {out or model}; {len(ledger.active)} stay{is_base}.")
 
 
 def log(
@@ -109,6 +107,9 @@ def log(
     if json_:
         _show.emit(record)
         return
+    if not record["changes"]:
+        _show.say(f"No changes. {model} carries none.")
+        return
     rows: list[list[Any]]
     if facts:
         columns = ["change", "fact", "prompt", "new answer", "status"]
@@ -117,8 +118,6 @@ def log(
         columns = ["number", "id", "method", "facts", "status", "when"]
         rows = [[c["number"], c["id"], c["method"], _count(c), _status(c), c["when"]] for c in record["changes"]]
     _show.table(f"Changes of {model}", columns, rows)
-    if not rows:
-        _show.console().print("No changes.")
 
 
 def _status(line: Any) -> str:
@@ -160,7 +159,7 @@ def show(change: Annotated[Path, typer.Argument(help="A saved change.")], json_:
     if json_:
         _show.emit(record)
         return
-    _show.console().print(f"Change {loaded.id} by {loaded.method}, of model {loaded.base[:12]}", style="bold")
+    _show.say(f"Change {loaded.id} by {loaded.method}, of model {loaded.base[:12]}", "bold")
     facts = [[_filled(f), f.get("target"), f.get("truth")] for f in loaded.facts]
     _show.table("Facts", ["prompt", "new answer", "old answer"], facts)
     weights = [[n, int(v["rank"]), v["frobenius"], v["spectral"]] for n, v in loaded.norms().items()]
@@ -168,10 +167,9 @@ def show(change: Annotated[Path, typer.Argument(help="A saved change.")], json_:
     settings: list[list[Any]] = [[k, v] for k, v in loaded.settings.items()]
     _show.table("Settings", ["setting", "value"], settings)
     for certificate in loaded.report.get("harm", {}).get("certificates", ()):
-        _show.console().print(
+        _show.say(
             f"Certified {certificate['what']}: at most {certificate['upper']:.4f} (limit {certificate['limit']:g}, "
-            f"confidence {certificate['confidence']:g}, n = {certificate['n']})",
-            markup=False,
+            f"confidence {certificate['confidence']:g}, n = {certificate['n']})"
         )
 
 
@@ -190,7 +188,7 @@ def diff(one: ModelArgument, two: Annotated[str, typer.Argument(help="The other 
         _show.emit({"one": one, "two": two, "weights": rows})
         return
     if not rows:
-        _show.console().print("Every weight is equal, bit for bit.")
+        _show.say("Every weight is equal, bit for bit.")
         return
     _show.table(
         f"{len(rows)} weights differ",

@@ -51,6 +51,8 @@ def sequence_command(
     from ..errors import UserError
     from ..ledger import open_ledger
 
+    _show.writable("--html", html, "jinja2", "matplotlib")
+    _show.writable("--png", png, "matplotlib")
     if out.exists() and not (out / "ledger").is_dir():
         raise UserError(f"{out} exists and is no model of ours. Name another folder.")
     with _show.progress():
@@ -69,10 +71,9 @@ def sequence_command(
     rows: list[list[Any]] = [list(p.to_dict().values()) for p in done.points]
     heads = ["edits", "efficacy", "efficacy of the last batch", "neighbours", "next token kept", "perplexity x"]
     _show.table(f"{done.n_edits} edits by {method.name}, {batch} at a time", heads, rows)
-    console = _show.console()
     if done.n_superseded:
-        console.print(f"{done.n_superseded} facts were superseded by later ones and taken out.", markup=False)
-    console.print(f"Saved as {out}: {len(done.ledger.active)} changes. See: retouch log {out}", markup=False)
+        _show.say(f"{done.n_superseded} facts were superseded by later ones and taken out.")
+    _show.say(f"Saved as {out}: {len(done.ledger.active)} changes. See: retouch log {out}")
 
 
 def _record(done: Run) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class Rose(SpreadMethod):
         "identity", "Norm that the write is smallest in; drift: the scatter of the subject's keys under instructions."
     )
     integrate: Integration = setting("minnorm", "How a subject's values become one; joint: searched as one.")
-    n_refine: int = setting(10, "Updates of the integrated value on all of the subject's facts.", ge=0, le=1000)
+    n_refine: int = setting(40, "Updates of the integrated value on all of the subject's facts.", ge=0, le=1000)
     mu: float = setting(0.1, "Weight of the distance from the integrated value while it is refined.", ge=0)
     temperature: float = setting(1.0, "Facts with a larger loss weigh more in the refinement.", gt=0)
     eta: float = setting(1e-3, "Ridge of the least-norm integration, relative to the values' squared lengths.", ge=0)

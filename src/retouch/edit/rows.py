@@ -66,7 +66,8 @@ def problems(
         for fact in facts:
             if not fact.subject:
                 raise FactError(
-                    f"The fact {fact.prompt!r} has no subject; this method writes at the subject's last token."
+                    f"The fact {fact.prompt!r} has no subject; this method writes at the subject's last token. "
+                    "Name the subject, or use rets or ft_m."
                 )
     texts = [Text(f.before, f.subject, f.after, f.target, c.text) for f in facts for c in contexts]
     rows = encode(model.tokenizer, texts, bos)

@@ -163,13 +163,13 @@ class SpreadMethod(ValueEditMethod):
 
 @contextmanager
 def _normed(model: Model, block: int) -> Iterator[list[Tensor]]:
-    """Keep what the norm behind a block's MLP gives; nothing where the family has none."""
+    """Keep what flows into and out of the norm behind a block's MLP; nothing where the family has none."""
     seen: list[Tensor] = []
     if model.anatomy.mlp_norm is None:
         yield seen
         return
     norm = model.network.get_submodule(f"{model.anatomy.path(f'blocks.{block}')}.{model.anatomy.mlp_norm}")
-    handle = norm.register_forward_hook(lambda module, args, out: seen.append(out))
+    handle = norm.register_forward_hook(lambda module, args, out: seen.extend((args[0], out)))
     try:
         yield seen
     finally:
@@ -263,10 +263,13 @@ def spread(
     written = Written({}, {}, {}, [])
     for j, block in enumerate(blocks):
         name = down(block)
-        every, states = _read(model, rows, name, last, written.parts)
-        keys = (mean @ every).T
+        keys, states, *norm = _read(model, rows, block, last, written.parts)
+        keys = (mean @ keys).T
         missing = targets.double() - bare @ states
-        solution = solve(name, keys, missing.T / (len(blocks) - j))
+        wanted = missing / (len(blocks) - j)
+        if norm:
+            wanted = _before_norm(wanted, *(bare @ side for side in norm))
+        solution = solve(name, keys, wanted.T)
         written.parts[name] = LowRank(solution.left.float(), solution.right.float())
         written.keys[name], written.residuals[name] = keys.float(), solution.left.float()
         written.notes.append(
@@ -281,20 +284,25 @@ def spread(
 
 
 def _read(
-    model: Model, rows: Sequence[tuple[int, ...]], name: str, last: str, parts: Mapping[str, LowRank]
-) -> tuple[Tensor, Tensor]:
-    """Read, at each row's last token, what flows into a weight and the state after a block, with `parts` written."""
-    found: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+    model: Model, rows: Sequence[tuple[int, ...]], block: int, last: str, parts: Mapping[str, LowRank]
+) -> list[Tensor]:
+    """Read at each row's last token, with `parts` written: what flows into a block's weight, and the state after `last`.
+
+    Where a norm stands behind the MLP, also what flows into it and out of it.
+    """
+    name = down(block)
+    found: dict[tuple[int, ...], list[Tensor]] = {}
     for some in batches(rows):
         batch = model.batch(some)
         at = batch.first.cpu() + torch.tensor([len(row) - 1 for row in some])
-        with Trace(model) as trace:
+        index = torch.arange(len(some))
+        with Trace(model) as trace, _normed(model, block) as normed:
             for other, part in parts.items():
                 trace.branch(other, part.left, part.right)
             trace.read(name, "input")
             trace.read(last)
             trace.run(batch, stop_after=last)
-            index = torch.arange(len(some))
-            keys, states = (t[index, at].double().cpu() for t in (trace[name, "input"], trace[last, "output"]))
-        found.update(zip(some, zip(keys, states)))
-    return torch.stack([found[r][0] for r in rows]), torch.stack([found[r][1] for r in rows])
+            sides = [trace[name, "input"], trace[last, "output"], *normed]
+            seen = [t[index, at].double().cpu() for t in sides]
+        found.update({row: [side[i] for side in seen] for i, row in enumerate(some)})
+    return [torch.stack(side) for side in zip(*(found[r] for r in rows))]

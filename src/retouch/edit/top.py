@@ -56,7 +56,7 @@ class Top(RankOneMethod):
     relation_stop: float = setting(0.3, "Loss at which stage 1 ends.", ge=0)
     n_steps_subject: int = setting(45, "Steps of stage 2.", ge=1, le=1000)
     stop_distance: float = setting(0.05, "Distance at which stage 2 ends, in lengths of the state.", ge=0)
-    nll_weight: float = setting(0.0, "Weight of the target's own NLL beside the distance in stage 2.", ge=0)
+    nll_weight: float = setting(0.1, "Weight of the target's own NLL beside the distance in stage 2.", ge=0)
     subject_decay: float = setting(0.0, "Weight of the value change's own length in stage 2.", ge=0)
     vec_factor: float = setting(0.1, "Scale of the absolute distance (faithful).", gt=0)
 

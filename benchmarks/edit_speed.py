@@ -25,7 +25,8 @@ from retouch.edit.base import ValueEditMethod
 from retouch.edit.contexts import contexts_for
 from retouch.edit.facts import Fact
 from retouch.edit.rome import Rome
-from retouch.edit.value import Problem, optimise, problems
+from retouch.edit.rows import Problem, problems
+from retouch.edit.value import optimise
 from retouch.measure import flops_per_token, watched
 from retouch.model import Model, open_model
 from retouch.trace import first_tensor

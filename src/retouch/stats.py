@@ -157,7 +157,7 @@ def collect(
     Returns:
         A `Moment` a name.
     """
-    corpus = bundled_text() if text is None else Path(text).read_text(encoding="utf-8", errors="replace")
+    corpus = bundled_text() if text is None else _file_text(Path(text))
     width = max(model.matrix(n).shape[1] for n in names)
     n_tokens = n_tokens or max(20 * width, 30_000)
     config: Any = model.network.config
@@ -274,3 +274,10 @@ def _write(moment: Moment, folder: Path) -> None:
 def _read(folder: Path) -> Moment:
     tensors = store.load_tensors(folder / "moment.safetensors", {"total", "count"})
     return Moment(tensors["total"], int(tensors["count"]))
+
+
+def _file_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"The text for second moments cannot be read: {path} ({error.strerror}).") from error

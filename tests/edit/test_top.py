@@ -20,7 +20,9 @@ from retouch.edit.rows import problems
 from retouch.edit.top import Top
 from retouch.edit.value import Aim, Search, optimise
 from retouch.errors import FactError, SettingsError
+from retouch.measure import answers
 from retouch.model import wrap
+from retouch.tokens import Text
 
 FACT = Fact("The capital of {} is", "France", "London")
 WORD = replace(FACT, target="the")  # one token: all of it can be said from the state at the relation
@@ -30,6 +32,7 @@ OTHER = Fact("The official language of {} is", "Brazil", "French")
 OWN = ("", "I am the one. ", "Because. ")
 CONTEXTS = [Context(t, 1 / 3) for t in OWN]
 QUICK = {
+    "nll_weight": 0.0,
     "blocks": (1,),
     "offset": 1,
     "contexts": OWN,
@@ -300,3 +303,13 @@ def test_the_seed_decides_and_a_subject_is_needed(llama):
     assert not torch.equal(one, two)
     with pytest.raises(FactError, match="has no subject"):
         Top(**few).plan(llama, [Fact("The currency of Japan is the", "", "franc")])
+
+
+def test_a_share_of_the_targets_likelihood_makes_the_target_likelier(llama):
+    def said(weight):
+        method = Top(**{**QUICK, "nll_weight": weight, "n_steps_subject": 12})
+        new = changes.apply(llama, method.plan(llama, [FACT]))
+        return answers(new, [Text(FACT.before, FACT.subject, FACT.after, FACT.target)])[0].nll
+
+    assert said(1.0) < said(0.0)
+    assert Top(faithful=True).as_published(llama).nll_weight == 0

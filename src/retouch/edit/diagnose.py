@@ -96,7 +96,7 @@ class Diagnosis:
         """Make a report of everything; the pictures need the extra ``plot``."""
         return Report(
             title=f"Diagnosis of {self.model}" + (f" with a change by {self.method}" if self.method else ""),
-            summary=" ".join(_sentences(self)) or "Nothing was measured.",
+            summary=" ".join(_sentences(self)) or "See the tables.",
             model=self.model,
             tables=tuple(tables(self)),
             pictures=tuple(_pictures(self)) if pictures else (),
@@ -170,7 +170,11 @@ def diagnose(
 
 
 def _block(model: Model, change: Change | None, wanted: int) -> int:
-    written = [model.anatomy.block_of(n) for n in change.parts if n.startswith("blocks.")] if change else []
+    written = (
+        [model.anatomy.block_of(n.removesuffix(":bias")) for n in change.parts if n.startswith("blocks.")]
+        if change
+        else []
+    )
     return max(written) if wanted < 0 and written else block_at(wanted, 0.18, model.anatomy, "block")
 
 

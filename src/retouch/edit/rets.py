@@ -203,16 +203,21 @@ class Rets(RankOneMethod):
         vectors = torch.cat([_of_trace(v, w) for w, v in parts if w and float(v.norm()) > 0] or [own[:0]]).T
         eta = self.eta
         for _ in range(60):
-            metric: linalg.Metric
-            if shared.moment is not None:
-                c = shared.moment.double() * (len(key) / shared.moment.double().trace()) * self.moment_weight
-                metric = linalg.Covariance.from_moment(c + vectors @ vectors.T, eta=0.0, floor=eta)
-            else:
-                metric = linalg.Woodbury.of(eta, vectors)
-            if linalg.amplification(key, metric) <= self.max_amplification:
-                return metric, eta
+            try:
+                metric = self._of(vectors, eta, shared.moment)
+                if linalg.amplification(key, metric) <= self.max_amplification:
+                    return metric, eta
+            except SolveError:
+                pass  # so small an eta drowns in rounding
             eta *= 2
         raise SolveError(f"No eta keeps the amplification within {self.max_amplification:g}.")
+
+    def _of(self, vectors: Tensor, eta: float, moment: Tensor | None) -> linalg.Metric:
+        """Put M together: dense with ordinary text's moment, else by its few vectors."""
+        if moment is None:
+            return linalg.Woodbury.of(eta, vectors)
+        c = moment.double() * (len(vectors) / moment.double().trace()) * self.moment_weight
+        return linalg.Covariance.from_moment(c + vectors @ vectors.T, eta=0.0, floor=eta)
 
 
 @dataclass(frozen=True, eq=False)

@@ -31,8 +31,9 @@ class Top(RankOneMethod):
     Source: Liu et al., TOP: two-stage editing, aware of subject and relation (arXiv 2506.04042); sunshower-liu/TOP (no
         licence: derived anew). Stage 1 finds what the relation block's output at the prompt's end has to gain; stage 2
         finds a value at the subject that makes attention bring it about; the write is rome's. Ours: all contexts enter
-        stage 2 and the distance is relative; stage 1 asks for a nearer state (slower steps, an earlier stop), because
-        the published target was out of reach on small models. ``faithful`` takes the first row, the absolute distance
+        stage 2, the distance is relative, and a tenth of the target's own likelihood stands beside it (0 for the paper's
+        objective), without which the state was out of reach on small models; stage 1 asks for a nearer state (slower
+        steps, an earlier stop). ``faithful`` takes the first row, the absolute distance
         times `vec_factor`, and the published steps and stops.
 
     Use when: a single fact has to generalise like rome's but leave the subject's other relations alone.
@@ -65,7 +66,13 @@ class Top(RankOneMethod):
         row = super().as_published(model)
         if not self.faithful:
             return row
-        published = {"relation_rate": 0.5, "relation_stop": 0.02, "n_steps_subject": row.n_steps, "subject_decay": 0.5}
+        published = {
+            "relation_rate": 0.5,
+            "relation_stop": 0.02,
+            "n_steps_subject": row.n_steps,
+            "subject_decay": 0.5,
+            "nll_weight": 0.0,
+        }
         fields = type(self).__dataclass_fields__
         return replace(row, **{k: v for k, v in published.items() if getattr(self, k) == fields[k].default})
 

@@ -56,7 +56,10 @@ bench: $(VENV)/.dev ## Measure speed against the obvious versions (minutes)
 	$(BIN)/python benchmarks/edit_speed.py --json benchmarks/results/edit_speed.json
 	$(BIN)/python benchmarks/moments_speed.py --json benchmarks/results/moments_speed.json
 
-gpu: bench ## The same measurements where there is an accelerator
+gpu: bench ## Speed, and the papers' claims on real facts, where there is an accelerator
+	$(BIN)/python benchmarks/edit_claims.py prepare --out claims
+	$(BIN)/python benchmarks/edit_claims.py run --out claims --workers 4 --chunk 100
+	$(BIN)/python benchmarks/edit_claims.py table --out claims --json benchmarks/results/edit_claims.json
 
 clean: ## Remove .venv and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import collections
 import logging
-import math
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retouch.edit import _subjects
 from retouch.edit.constraints import (
-    Constraint,
     _drawn,
-    constraint_keys,
     constraints,
     for_facts,
     half_of,
@@ -24,7 +20,6 @@ from retouch.edit.constraints import (
 )
 from retouch.edit.facts import Fact, Prompt, demo, load, protected
 from retouch.errors import FactError, SettingsError
-from retouch.model import wrap
 
 CAPITAL = Fact(
     "The capital of {} is",
@@ -336,67 +331,6 @@ def test_counterfact_records_get_a_type(data_dir):
 @given(st.integers(0, 60), st.integers(0, 9))
 def test_drawing_to_the_end_is_a_permutation(n, seed):
     assert sorted(_drawn(range(n), seed)) == list(range(n))
-
-
-# Keys
-
-
-@torch.no_grad()
-def one_by_one(model, ids, at, name):
-    seen = []
-    handle = model.module(name).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    model.network(input_ids=torch.tensor([ids]))
-    handle.remove()
-    return seen[0].reshape(len(ids), -1)[at].double()
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2_square", "opt", "gemma2"])
-def test_keys_equal_those_of_reading_one_by_one(tiny, family):
-    model = wrap(*tiny(family, n_blocks=3))
-    prompts = [c.prompt for c in constraints(CAPITAL, n=12)] + ["A", "The "]
-    names = ["blocks.1.mlp.down", "blocks.0.mlp.down"]
-    # the least budget makes many batches, the default one
-    for budget in (0, 256):
-        keys = constraint_keys(model, prompts, names, budget_mib=budget)
-        for name in names:
-            assert keys[name].dtype == torch.float64
-            assert keys[name].shape == (model.matrix(name).shape[1], len(prompts))
-            for column, prompt in zip(keys[name].T, prompts):
-                ids = model.tokenizer(prompt.strip())["input_ids"]
-                assert torch.allclose(column, one_by_one(model, ids, -1, name), atol=2e-5)
-
-
-def test_keys_at_the_subject_are_at_its_last_token(tiny):
-    model = wrap(*tiny("llama"))
-    (name,) = names = ["blocks.1.mlp.down"]
-    found = [Constraint("Of the Netherlands the capital is", "relation", "Netherlands")]
-    keys = constraint_keys(model, found, names, position="subject")[name][:, 0]
-    ids = model.tokenizer("Of the Netherlands")["input_ids"]
-    assert torch.allclose(keys, one_by_one(model, ids, -1, name), atol=2e-5)
-    with pytest.raises(FactError, match="whose subject is in its prompt"):
-        constraint_keys(model, ["The capital is"], names, position="subject")
-
-
-def test_nothing_above_the_last_weight_runs_and_a_batch_fits_its_budget(tiny):
-    model = wrap(*tiny("llama", n_blocks=3))
-    prompts = [c.prompt for c in constraints(CAPITAL, n=60)]
-    shapes, ran = [], []
-    hooks = [model.module("blocks.0").register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape)),
-             model.module("blocks.2").register_forward_pre_hook(lambda *_: ran.append(1))]  # fmt: skip
-    constraint_keys(model, prompts, ["blocks.1.mlp.down"], budget_mib=1)
-    for hook in hooks:
-        hook.remove()
-    assert not ran
-    assert sum(s[0] for s in shapes) == 60 and len(shapes) > 1
-    longest = max(s[1] for s in shapes)
-    a = model.anatomy
-    allowed = math.floor(2**20 / (4 * (6 * a.d_ff + 8 * a.d_model + a.heads * longest)))
-    assert all(s[0] * s[1] <= allowed for s in shapes)
-
-
-def test_no_prompts_have_no_keys(tiny):
-    model = wrap(*tiny("llama"))
-    assert constraint_keys(model, [], ["blocks.0.mlp.down"])["blocks.0.mlp.down"].shape == (64, 0)
 
 
 # The user's own file

@@ -20,7 +20,7 @@ from retouch.edit._delivery import drift_metric, listeners
 from retouch.edit._drift import LEAD, keys_of, reference, wrapped
 from retouch.edit._landscape import _Leads
 from retouch.edit._search import Search
-from retouch.edit.contexts import Context
+from retouch.edit.contexts import Context, chat_header
 from retouch.edit.facts import Fact
 from retouch.edit.rome import Rome
 from retouch.edit.rows import problems
@@ -90,16 +90,16 @@ def test_wrappings_are_many_and_end_before_a_word():
 
 
 def test_the_chat_header_is_what_the_template_puts_in_front(llama, open_tiny):
-    assert d.chat_header(llama) == "user: "
+    assert chat_header(llama) == "user: "
     assert d.wrappings(llama)[-1] == "user: "
-    assert d.chat_header(open_tiny("mistral")) == "", "a tokenizer without a template has no header"
+    assert chat_header(open_tiny("mistral")) == "", "a tokenizer without a template has no header"
     assert d.wrappings(open_tiny("mistral")) == list(d.WRAPPINGS)
 
 
 def test_the_chat_header_does_not_repeat_the_tokenizers_own_beginning(tiny):
     network, words = tiny("mistral")
     words.chat_template = "{{ bos_token }}[ask]{{ messages[0]['content'] }}[end]"
-    assert d.chat_header(wrap(network, words)) == "[ask]"
+    assert chat_header(wrap(network, words)) == "[ask]"
 
 
 # ---------------------------------------------------------------- drift and cosines

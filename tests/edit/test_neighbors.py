@@ -11,7 +11,7 @@ from retouch.change import LowRank
 from retouch.edit.constraints import constraints
 from retouch.edit.contexts import Context
 from retouch.edit.facts import Fact
-from retouch.edit.neighbors import listeners, neighbors
+from retouch.edit.neighbors import alone, neighbors
 from retouch.edit.rome import Rome
 from retouch.edit.rows import problems
 from retouch.edit.value import Search, Start, optimise
@@ -66,7 +66,7 @@ def moment(size):
 def test_a_listener_hears_its_own_key_once():
     keys = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
     c = moment(8)
-    heard = listeners(keys, linalg.Covariance.from_moment(c, eta=0.0))
+    heard = alone(keys, linalg.Covariance.from_moment(c, eta=0.0))
     for i in range(3):
         w = torch.linalg.solve(c, keys[:, i].double())
         assert torch.allclose(heard[:, i], w / (w @ keys[:, i].double()))
@@ -127,7 +127,7 @@ def test_the_drift_in_the_search_is_that_of_the_written_weight(open_tiny, family
         drift = search.terms(delta).drift
     for g, problem in enumerate(found):
         key = sum(inputs(model, r.ids, name)[a] for r, a in zip(problem.rows, problem.anchors)) / 2
-        w = listeners(key[:, None], metric[name])[:, 0]
+        w = alone(key[:, None], metric[name])[:, 0]
         part = LowRank(delta[g][:, None], w[None].float())
         new = changes.apply(model, method.change(model, [problem.fact], {name: part}))
         rows = [b.row.ids for b in heard if b.group == g]

@@ -16,7 +16,7 @@ from retouch import change as changes
 from retouch import linalg, registry, stats
 from retouch.edit.contexts import Context, contexts_for
 from retouch.edit.memit_merge import MemitMerge
-from retouch.edit.rose import WRAPPINGS, Rose, least_norm
+from retouch.edit.rose import REQUESTS, Rose, least_norm
 from retouch.edit.rows import problems
 from retouch.edit.spread import spread
 from retouch.edit.value import optimise
@@ -255,7 +255,7 @@ def test_grouping_leaves_keys_of_full_rank(planned):
 @pytest.mark.parametrize("facts", [APART[:1], LATE], ids=["few texts", "more texts than inputs"])
 def test_the_drift_metric_is_the_scatter_of_the_keys_under_instructions(llama, facts):
     found = found_for(llama, facts)
-    texts = [*(c.text for c in contexts_for(llama, "instruction", 0)[1:]), *WRAPPINGS]
+    texts = [*(c.text for c in contexts_for(llama, "instruction", 0)[1:]), *REQUESTS]
     assert 20 <= len(texts) <= 50
     wrapped = problems(llama, facts, [Context(t, 1.0) for t in texts], "subject")
     path = llama.anatomy.path(down(2))
@@ -277,7 +277,7 @@ def test_the_drift_metric_is_the_scatter_of_the_keys_under_instructions(llama, f
 def test_the_drift_metric_makes_the_least_of_the_drift_it_has_seen(llama):
     found = found_for(llama, APART[:1])
     key = mean_key(llama, found, [0], 2)[:, None]
-    rows = problems(llama, APART[:1], [Context(t, 1.0) for t in WRAPPINGS], "subject")[0]
+    rows = problems(llama, APART[:1], [Context(t, 1.0) for t in REQUESTS], "subject")[0]
     path = llama.anatomy.path(down(2))
     moved = torch.stack([seen(llama, r.ids[: a + 1], path, "input") for r, a in zip(rows.rows, rows.anchors)], 1)
     off = {}

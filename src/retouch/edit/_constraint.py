@@ -1,26 +1,15 @@
-"""One constraint, the user's own prompts from a file, and what prompts feed into a weight."""
+"""One constraint, and the user's own prompts from a file."""
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
-
 from ..errors import FactError
-from ..model import Model
-from ..tokens import Bos, Text, encode
-from ..trace import Trace
 
-__all__ = ["Constraint", "constraint_keys", "read_prompts"]
-
-Position = Literal["prompt", "subject"]
+__all__ = ["Constraint", "read_prompts"]
 
 
 @dataclass(frozen=True)
@@ -91,88 +80,3 @@ def _fields(where: str, line: str) -> tuple[str, str]:
     if not isinstance(subject, str):
         raise FactError(f"{where}: field 'subject' must be text; got {subject!r}.")
     return prompt.strip(), subject
-
-
-@torch.no_grad()
-def constraint_keys(
-    model: Model,
-    prompts: Sequence[str | Constraint],
-    names: Sequence[str],
-    position: Position = "prompt",
-    bos: Bos = "tokenizer",
-    *,
-    budget_mib: int = 256,
-) -> dict[str, Tensor]:
-    """Read what prompts feed into weights at one token each, in one pass for all weights.
-
-    Rows are sorted by length and batched by tokens, so that little is padding and memory is bounded; nothing above
-    the last weight's block runs.
-
-    Args:
-        model: The model.
-        prompts: The prompts.
-        names: Weights, e.g. ``["blocks.4.mlp.down"]``.
-        position: ``prompt``: the last token. ``subject``: the last token of the subject, for a `Constraint` that has
-            one.
-        bos: Beginning-of-text rule.
-        budget_mib: Memory for a batch's activations, in MiB.
-
-    Shapes:
-        Per weight (d_ff, prompts), float64 on the CPU, in the order of the prompts.
-
-    Raises:
-        FactError: A subject is asked for where there is none.
-    """
-    rows = encode(model.tokenizer, [_pieces(p, position) for p in prompts], bos)
-    at = [row.prompt if position == "prompt" or row.subject is None else row.subject for row in rows]
-    keys = {n: torch.zeros(model.matrix(n).shape[1], len(rows), dtype=torch.float64) for n in names}
-    if not rows or not names:
-        return keys
-    lengths = [index + 1 for index in at]
-    order = sorted(range(len(rows)), key=lengths.__getitem__)
-    n_tokens = (budget_mib << 20) // _per_token(model, max(lengths))
-    last = max(map(model.anatomy.block_of, names))
-    with Trace(model) as trace:
-        batch_rows: list[int] = []
-
-        def see(name: str, seen: Tensor) -> None:
-            columns = torch.tensor([at[i] for i in batch_rows], device=seen.device)  # padded right: no offset
-            picked = seen[torch.arange(len(batch_rows), device=seen.device), columns]
-            keys[name][:, batch_rows] = picked.double().cpu().T
-
-        for name in names:
-            trace.watch(name, partial(see, name), "input")
-        for batch_rows in _batches(order, lengths, n_tokens):
-            # what stands behind the token cannot change its key, so it is not read
-            trace.run(model.batch([rows[i].ids[: lengths[i]] for i in batch_rows]), stop_after=f"blocks.{last}")
-    return keys
-
-
-def _pieces(prompt: str | Constraint, position: Position) -> Text:
-    """Cut a prompt at its subject's last place; only where that is asked for."""
-    text = prompt if isinstance(prompt, str) else prompt.prompt
-    if position == "prompt":
-        return Text(text)
-    subject = "" if isinstance(prompt, str) else prompt.subject
-    places = list(re.finditer(re.escape(subject), text, re.IGNORECASE)) if subject else []
-    if not places:
-        raise FactError(f"position='subject' needs a constraint whose subject is in its prompt; got {text!r}.")
-    return Text(text[: places[-1].start()], places[-1].group(), text[places[-1].end() :])
-
-
-def _per_token(model: Model, longest: int) -> int:
-    """Bytes that a token of a batch costs: its widest activation a few times over, one row of attention a head."""
-    a = model.anatomy
-    return 4 * (6 * a.d_ff + 8 * a.d_model + a.heads * longest)
-
-
-def _batches(order: Sequence[int], lengths: Sequence[int], n_tokens: int) -> Iterator[list[int]]:
-    """Cut rows in order of length into batches of at most `n_tokens`, padding included; one row always fits."""
-    batch: list[int] = []
-    for i in order:
-        if batch and (len(batch) + 1) * lengths[i] > n_tokens:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch

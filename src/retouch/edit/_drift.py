@@ -20,9 +20,10 @@ from ..progress import track
 from ..tokens import Bos, Row, Text, encode
 from ..trace import Trace
 from .base import down, require_decoder
+from .contexts import chat_header
 from .facts import Fact, demo
 
-__all__ = ["WRAPPINGS", "Cosines", "Drift", "chat_header", "cosines", "drift", "reference", "wrappings"]
+__all__ = ["WRAPPINGS", "Cosines", "Drift", "cosines", "drift", "reference", "wrappings"]
 
 WRAPPINGS = (
     "Answer the question: ",
@@ -61,17 +62,6 @@ def wrappings(model: Model) -> list[str]:
     """Return the texts of `WRAPPINGS` and, where the tokenizer has a chat template, the header of a user's message."""
     header = chat_header(model)
     return [*WRAPPINGS, *([header] if header else [])]
-
-
-def chat_header(model: Model) -> str:
-    """Return what the tokenizer's chat template puts before a user's words; empty without a template."""
-    tokenizer = model.tokenizer
-    if not getattr(tokenizer, "chat_template", None):
-        return ""
-    mark = "retouch-user-message"
-    text = str(tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False))
-    header = text.partition(mark)[0] if mark in text else ""
-    return header.removeprefix(tokenizer.bos_token or "")  # the tokenizer adds its own
 
 
 class Keys(NamedTuple):

@@ -1,7 +1,6 @@
 """Constraint sets: prompts whose answers an edit must leave alone, built for the user.
 
-`constraints` makes them for a fact, `for_facts` for a batch, `read_prompts` reads the user's own, and `constraint_keys`
-reads what the prompts feed into a weight. Names and wordings are those of ``data/subjects.yaml``.
+`constraints` makes them for a fact, `for_facts` for a batch, `read_prompts` reads the user's own. Names and wordings are those of ``data/subjects.yaml``.
 """
 
 from __future__ import annotations
@@ -16,14 +15,13 @@ from functools import partial
 from typing import Literal, TypeVar
 
 from ..errors import SettingsError
-from ._constraint import Constraint, constraint_keys, read_prompts
+from ._constraint import Constraint, read_prompts
 from ._subjects import common, content, fold, generic, key, stem, subject_type, types
 from .facts import Fact, protected
 
 __all__ = [
     "Constraint",
     "Half",
-    "constraint_keys",
     "constraints",
     "for_facts",
     "half_of",

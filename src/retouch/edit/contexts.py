@@ -11,7 +11,7 @@ import torch
 
 from ..model import Model
 
-__all__ = ["Context", "Contexts", "contexts_for", "sample"]
+__all__ = ["Context", "Contexts", "chat_header", "contexts_for", "sample"]
 
 Contexts = Literal["plain", "memit", "rome", "instruction", "both"] | tuple[str, ...]
 
@@ -50,7 +50,7 @@ def contexts_for(model: Model, kind: Contexts, seed: int) -> list[Context]:
         drawn = [*_drawn(model, (end,) * 10, 5, seed), *_drawn(model, (end,) * 10, 10, seed + 1)]
         return [Context("", 1 / 21), *(Context(f"{t}. ", 1 / 21) for t in drawn)]
     if kind == "instruction":
-        texts = ["", *_ASKING, *_header(model)]
+        texts = ["", *_ASKING, *filter(None, [chat_header(model)])]
         return [Context(t, 1 / len(texts)) for t in texts]
     if kind == "both":
         halves = contexts_for(model, "memit", seed) + contexts_for(model, "instruction", seed)[1:]
@@ -71,14 +71,15 @@ def _drawn(model: Model, starters: tuple[str, ...], n_tokens: int, seed: int) ->
     return known[key]
 
 
-def _header(model: Model) -> list[str]:
-    """What the tokenizer's chat template writes before a user's words; nothing where it has none."""
-    if not getattr(model.tokenizer, "chat_template", None):
-        return []
-    mark = "\x00"
-    text = str(model.tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False))
-    header = text.partition(mark)[0].removeprefix(model.tokenizer.bos_token or "\x00")
-    return [header] if header else []
+def chat_header(model: Model) -> str:
+    """Return what the tokenizer's chat template puts before a user's words; empty without a template."""
+    tokenizer = model.tokenizer
+    if not getattr(tokenizer, "chat_template", None):
+        return ""
+    mark = "retouch-user-message"
+    text = str(tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False))
+    header = text.partition(mark)[0] if mark in text else ""
+    return header.removeprefix(tokenizer.bos_token or "")  # the tokenizer adds its own
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from ..model import Model
 from ..report import Report, Table
 from ..tokens import Bos
 from ._delivery import Delivered, Delivery, deliver, delivered_by
-from ._drift import WRAPPINGS, Cosines, Drift, chat_header, cosines, drift, wrappings
+from ._drift import WRAPPINGS, Cosines, Drift, cosines, drift, wrappings
 from ._landscape import Landscape, auc, crossing, landscape, top_curvature
 from ._shortcut import Shortcut, shortcut
 from .base import ValueEditMethod, block_at, down, require_decoder
@@ -38,7 +38,6 @@ __all__ = [
     "Shortcut",
     "What",
     "auc",
-    "chat_header",
     "cosines",
     "crossing",
     "deliver",

@@ -98,7 +98,7 @@ def _protected() -> tuple[Prompt, ...]:
 
 
 def protected() -> list[Prompt]:
-    """Load the held-out prompts on which harm is certified; none is about a sample fact."""
+    """Load factual prompts that edits must leave alone; none is about a sample fact. See `constraints` for their halves."""
     return list(_protected())
 
 

@@ -83,7 +83,8 @@ def read_all(
                 pieces = torch.split(kept.double().cpu(), [len(row) if every else 1 for row in part])
                 for row, piece in zip(part, pieces):
                     found.setdefault(row, {})[name] = piece
-    return {name: torch.cat([found[row][name] for row in rows]) for name in names}
+    none = {name: torch.zeros(0, model.matrix(name).shape[1], dtype=torch.float64) for name in names}
+    return {name: torch.cat([none[name], *(found[row][name] for row in rows)]) for name in names}
 
 
 def batches(rows: Sequence[tuple[int, ...]], n_tokens: int = 8192) -> Iterator[list[tuple[int, ...]]]:

@@ -21,10 +21,10 @@ from .keys import mean_keys, read_all
 from .rows import Problem
 from .value import Bystander
 
-__all__ = ["listeners", "neighbors"]
+__all__ = ["alone", "neighbors"]
 
 
-def listeners(keys: Tensor, metric: linalg.Metric) -> Tensor:
+def alone(keys: Tensor, metric: linalg.Metric) -> Tensor:
     """Return w = M^-1 k / (k' M^-1 k) of each key alone.
 
     Shapes:
@@ -61,7 +61,7 @@ def neighbors(
     rows = [encode(model.tokenizer, [Text(p) for p in ps], settings.bos) for ps in prompts]
     every = read_all(model, [r.ids for rs in rows for r in rs], names, every=True)
     keys = mean_keys(model, found, groups, names)
-    heard = {n: listeners(keys[n], metric[n]) for n in names}
+    heard = {n: alone(keys[n], metric[n]) for n in names}
     bystanders = []
     start = 0
     for g, own_rows in enumerate(rows):

@@ -109,7 +109,7 @@ class Rose(SpreadMethod):
 
     def _drift(self, model: Model, found: Sequence[Problem], names: Sequence[str]) -> dict[str, linalg.Metric]:
         """Measure how the subjects' keys move under instructions: S = mean eps eps' over wrappings, plus eta I."""
-        wraps = contexts_for(model, "instruction", self.seed)[1:] + contexts_for(model, WRAPPINGS, self.seed)
+        wraps = contexts_for(model, "instruction", self.seed)[1:] + contexts_for(model, REQUESTS, self.seed)
         facts = [p.fact for p in found]
         groups = grouped(facts)
         home = {i: g for g, members in enumerate(groups) for i in members}
@@ -132,7 +132,7 @@ def _scatter(eps: Tensor) -> linalg.Metric:
     return linalg.Covariance.from_moment(eps @ eps.T, eta=0.0, floor=eta)
 
 
-WRAPPINGS = tuple(
+REQUESTS = tuple(
     f"{opening} "
     for opening in (
         "Please answer briefly.",
@@ -149,7 +149,7 @@ WRAPPINGS = tuple(
         "My teacher asked:",
         "In today's news:",
         "Tell me the truth:",
-        "Think step by step.",
+        "Take your time.",
         "Continue the text:",
         "The following is a fact.",
         "Short answer:",
@@ -157,7 +157,7 @@ WRAPPINGS = tuple(
         "Here is what I know:",
     )
 )
-"""Beginnings of requests, under which the drift metric sees a subject's key move."""
+"""Under these and the instruction contexts the drift metric sees a subject's key move; diagnose has others of its own."""
 
 
 class _Merge:

@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ..bound import Multiplier
 from ..errors import ModelError
 from ..model import Model
 from ..progress import report
@@ -201,7 +202,8 @@ def _descend(
     anchor = torch.zeros_like(initial) if start is None else start.delta.to(device, torch.float32)
     delta, pull = anchor.clone(), start.pull if start else 0.0
     adam, limit = _Adam(delta, s.learning_rate), s.max_drift if search.n_bystanders else 0.0
-    price, best = torch.zeros(n, device=device), _Best(torch.zeros_like(delta))  # no value has no drift
+    prices = [Multiplier(limit, s.price_step / limit) for _ in range(n)] if limit else []
+    best = _Best(torch.zeros_like(delta))  # no value has no drift
     active = torch.ones(n, dtype=torch.bool, device=device)
     losses: list[Tensor] = []
     live: list[Tensor] = []
@@ -216,7 +218,8 @@ def _descend(
         relative = size / length
         decay = s.weight_decay * (relative / length if s.weight_decay_form == "published" else relative**2)
         held = pull * ((moved - anchor).norm(dim=1) / length) ** 2
-        harm = price * (terms.drift - limit) if limit else s.kl_factor * terms.kl + decay
+        penalties = [price.penalty(drift) for price, drift in zip(prices, terms.drift)]
+        harm = torch.stack(penalties) if limit else s.kl_factor * terms.kl + decay
         loss = fit + harm + held
         if not torch.isfinite(loss[active]).all():
             raise ModelError("The search's loss is not finite. Use a lower learning rate or a smaller clamp.")
@@ -238,7 +241,8 @@ def _descend(
             break
         (gradient,) = torch.autograd.grad(loss[live[-1] & active].sum(), moved)
         delta = adam.step(delta, gradient, active)
-        price = (price + s.price_step * (terms.drift.detach() - limit) / limit).clamp(min=0) if limit else price
+        for price, drift in zip(prices, terms.drift.tolist()):
+            price.update(drift)
         longest = s.clamp * reach[:, None] * length[:, None]
         delta = delta * (longest / delta.norm(dim=1, keepdim=True).clamp(min=1e-12)).clamp(max=1)
         search.narrow(active)

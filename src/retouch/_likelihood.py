@@ -279,7 +279,8 @@ def _front(model: Model) -> tuple[int, ...]:
     """Return what the tokenizer puts before a text: a model that was trained with it reads badly without."""
     plain = model.tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = model.tokenizer("a")["input_ids"]
-    return tuple(whole[: whole.index(plain[0])])
+    start = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
+    return tuple(whole[:start])
 
 
 def perplexity(model: Model, text: str, n_tokens: int = 2048, chunk: int = 128) -> float:

@@ -1,20 +1,18 @@
-"""A line of a ledger, and how weights are made of the lines in force."""
+"""A line of a ledger."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import change as changes
-from .change import Change, LowRank
-from .model import Model
+from .change import Change
 
-__all__ = ["Entry", "composed", "load_entry"]
+__all__ = ["Entry", "load_entry"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,31 +75,6 @@ class Entry:
             gone = self.removed.items()
             line["removed"] = [{"fact": i, "status": s, "until": u, **self.planned.facts[i]} for i, (s, u) in gone]
         return line
-
-
-def composed(model: Model, originals: Mapping[str, Tensor], active: Iterable[Change]) -> dict[str, Tensor]:
-    """Make weights anew from their unchanged values: cast(W0 + sum of the differences of all changes), once.
-
-    The sum runs in float64 in the order of the changes' ids, low-rank ones first, as one product: so it depends on the
-    set alone, and a thousand small changes cost one multiplication.
-
-    Returns:
-        New values by parameter path, in the parameter's own shape.
-    """
-    ordered = sorted(active, key=lambda c: c.id)
-    sums = {}
-    for name, original in originals.items():
-        parts = [c.parts[name] for c in ordered if name in c.parts]
-        low = [p for p in parts if isinstance(p, LowRank)]
-        deltas = [p.delta() for p in parts if not isinstance(p, LowRank)]
-        if low:
-            left, right = torch.cat([p.left for p in low], 1), torch.cat([p.right for p in low])
-            deltas.insert(0, LowRank(left, right).delta())
-        total = original.double()
-        for delta in deltas:
-            total = total + delta.to(original.device)
-        sums[name] = total.float() if deltas else original
-    return changes.compose(model, sums, [])
 
 
 def load_entry(folder: Path, line: Mapping[str, Any], seen: Mapping[int, Mapping[str, Tensor]]) -> Entry:

@@ -20,7 +20,7 @@ from . import change as changes
 from . import store
 from .change import Change
 from .compare import difference, survival
-from .entry import Entry, composed, load_entry
+from .entry import Entry, load_entry
 from .errors import NoEffect, StoreError, UnknownName
 from .model import Model, open_model
 from .parting import bound_facts, columns_of, identities, without
@@ -208,7 +208,9 @@ class Ledger:
     def _recomposed(
         self, originals: Mapping[str, Tensor], entries: tuple[Entry, ...], touched: Collection[str]
     ) -> Ledger:
-        values = composed(self.model, {n: originals[n] for n in touched}, [e.change for e in entries if e.active])
+        values = changes.compose(
+            self.model, {n: originals[n] for n in touched}, [e.change for e in entries if e.active]
+        )
         model = self.model.with_weights(values, self.model.base_fingerprint)
         if model.fingerprint == model.base:
             model = replace(model, base=None)
@@ -294,7 +296,7 @@ def open_ledger(source: str | Path) -> Ledger:
     ledger = Ledger(model, entries, originals)
     if odd := originals.keys() ^ {n for e in entries for n in e.planned.parts}:
         raise StoreError(f"{path}: the originals do not fit the changes at {min(odd)}. The record was altered.")
-    values = composed(model, originals, ledger.active)
+    values = changes.compose(model, originals, ledger.active)
     exact = True
     for name, value in values.items():
         stored = model.network.get_parameter(name)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 from spread_oracle import APART, QUICK, close, down, found_for, moment, null_projector, slow
@@ -11,17 +9,8 @@ from spread_oracle import APART, QUICK, close, down, found_for, moment, null_pro
 from retouch.edit.alphaedit import AlphaEdit
 from retouch.edit.value import optimise
 from retouch.errors import SolveError
-from retouch.model import wrap
 
-
-@pytest.fixture(scope="module")
-def open_tiny(tiny):
-    return functools.cache(lambda family: wrap(*tiny(family, n_blocks=4)))
-
-
-@pytest.fixture(scope="module")
-def llama(open_tiny):
-    return open_tiny("llama")
+N_BLOCKS = 4
 
 
 def alphaedit(**settings):

@@ -42,8 +42,8 @@ ROME = {"block": 1, "n_steps": 6, "contexts": "plain", "weight_decay": 0.0}
 class Backwards(FtM):
     """Makes facts rarer."""
 
-    def plan(self, model, facts):
-        change = super().plan(model, facts)
+    def planned(self, model, facts, previous, unedited):
+        change = super().planned(model, facts, previous, unedited)
         return replace(change, parts={n: Dense(-p.difference) for n, p in change.parts.items()})
 
 

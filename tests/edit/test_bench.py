@@ -46,10 +46,10 @@ TIMES = ("seconds_per_fact", "peak_mib")
 class Counted(FtM):
     """FT-M that tells what it was asked to plan."""
 
-    planned: ClassVar[list[str]] = []
+    asked: ClassVar[list[str]] = []
 
     def plan(self, model, facts, **how):
-        self.planned.extend(f.subject for f in facts)
+        self.asked.extend(f.subject for f in facts)
         return super().plan(model, facts, **how)
 
 
@@ -71,7 +71,7 @@ def llama(tiny):
 
 @pytest.fixture(autouse=True)
 def _nothing_planned():
-    Counted.planned.clear()
+    Counted.asked.clear()
 
 
 def asked(batch_size=1, chunk=1, **settings):
@@ -161,7 +161,7 @@ def test_a_batch_goes_into_one_model(llama, whole):
 
 def test_a_last_batch_may_be_smaller(llama, tmp_path):
     bench.run(llama, FACTS[:3], asked(2), tmp_path / "b.json", data="facts")
-    assert Counted.planned == ["France", "Italy", "Brazil"]
+    assert Counted.asked == ["France", "Italy", "Brazil"]
 
 
 def test_a_method_with_nothing_to_do_is_measured_as_the_unchanged_model(llama, tmp_path):
@@ -238,7 +238,7 @@ def test_the_facts_of_a_group_go_into_one_model_and_are_counted_together(llama, 
     wanted = Bench(asked().methods, n_generations=0, instructions=True, keep_rows=True)
     result = bench.run(llama, [FACTS[:2], FACTS[2:3], FACTS[3:]], wanted, tmp_path / "b.json", data="facts")
     rows = read_rows(tmp_path / "b.rows.json")["counted"]
-    assert Counted.planned == ["France", "Italy", "Brazil", "Japan"]
+    assert Counted.asked == ["France", "Italy", "Brazil", "Japan"]
     assert rows[0]["frobenius_norm"] == rows[1]["frobenius_norm"] != rows[2]["frobenius_norm"]
     assert ["all_facts" in r for r in rows] == [True, False, True, True]
     assert rows[0]["all_facts"] == min(rows[0]["edit_form"], rows[1]["edit_form"])
@@ -305,18 +305,18 @@ def test_a_change_that_is_not_finite_stops_the_bench(llama, tmp_path):
 def test_an_interrupted_bench_goes_on_and_plans_nothing_twice(llama, tmp_path, whole):
     partial = interrupted(llama, tmp_path / "b.json", 3, asked())
     assert len([line for line in partial.read_text().splitlines() if line]) == 2
-    Counted.planned.clear()
+    Counted.asked.clear()
     result = bench.run(llama, FACTS, asked(), tmp_path / "b.json", data="facts")
-    assert Counted.planned == ["Brazil", "Japan"]
+    assert Counted.asked == ["Brazil", "Japan"]
     assert untimed(result) == untimed(whole[1])
     assert not partial.exists()
 
 
 def test_an_interrupted_batch_is_planned_again_as_a_whole(llama, tmp_path, whole):
     interrupted(llama, tmp_path / "b.json", 4, asked(2))
-    Counted.planned.clear()
+    Counted.asked.clear()
     result = bench.run(llama, FACTS, asked(2), tmp_path / "b.json", data="facts")
-    assert Counted.planned == ["Brazil", "Japan"]  # the third record was there, but not the fourth
+    assert Counted.asked == ["Brazil", "Japan"]  # the third record was there, but not the fourth
     assert untimed(result) == untimed(whole[2])
 
 
@@ -325,12 +325,12 @@ def test_a_torn_last_line_is_ignored_and_swallows_nothing_that_follows(llama, tm
     partial = interrupted(llama, out, 3, asked())
     torn = partial.read_text().rstrip("\n")
     partial.write_text(torn[:-20])
-    Counted.planned.clear()
+    Counted.asked.clear()
     interrupted(llama, out, 4, asked())
-    assert Counted.planned == ["Italy", "Brazil", "Japan"]
-    Counted.planned.clear()
+    assert Counted.asked == ["Italy", "Brazil", "Japan"]
+    Counted.asked.clear()
     result = bench.run(llama, FACTS, asked(), out, data="facts")
-    assert Counted.planned == ["Japan"]
+    assert Counted.asked == ["Japan"]
     assert untimed(result) == untimed(whole[1])
 
 
@@ -339,7 +339,7 @@ def test_a_torn_last_line_is_ignored_and_swallows_nothing_that_follows(llama, tm
 )
 def test_other_settings_do_not_reuse_what_was_measured(llama, tiny, tmp_path, how):
     interrupted(llama, tmp_path / "b.json", 3, asked())
-    Counted.planned.clear()
+    Counted.asked.clear()
     model, facts, wanted = llama, FACTS, asked()
     match how:
         case "settings":
@@ -362,15 +362,15 @@ def test_other_settings_do_not_reuse_what_was_measured(llama, tiny, tmp_path, ho
             model = wrap(*tiny("llama", seed=1), source="tiny llama")
     bench.run(model, facts, wanted, tmp_path / "b.json", data="facts")
     flat = [f for g in facts for f in (g if isinstance(g, list) else [g])]
-    assert Counted.planned == [f.subject for f in flat]
+    assert Counted.asked == [f.subject for f in flat]
 
 
 def test_another_method_is_added_beside_what_was_measured(llama, tmp_path):
     interrupted(llama, tmp_path / "b.json", 3, asked())
-    Counted.planned.clear()
+    Counted.asked.clear()
     both = Bench({"rome": Rome(block=1, n_steps=2, contexts="plain"), **asked().methods}, n_generations=0, chunk=1)
     result = bench.run(llama, FACTS, both, tmp_path / "b.json", data="facts")
-    assert Counted.planned == ["Brazil", "Japan"]
+    assert Counted.asked == ["Brazil", "Japan"]
     assert list(result["methods"]) == ["rome", "counted"]
 
 

@@ -38,23 +38,6 @@ ENDS = "is was in and where of the to by on with for from at as has had will can
 QUICK = Rome(contexts="plain", n_steps=4)
 
 
-@pytest.fixture(scope="module")
-def open_tiny(tiny):
-    opened = {}
-
-    def make(family):
-        if family not in opened:
-            opened[family] = wrap(*tiny(family, n_blocks=3))
-        return opened[family]
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def llama(open_tiny):
-    return open_tiny("llama")
-
-
 def row_of(model, fact, context="", target=""):
     return encode(model.tokenizer, [Text(fact.before, fact.subject, fact.after, target, context)])[0]
 

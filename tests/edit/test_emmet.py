@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from types import SimpleNamespace
 
 import pytest
@@ -15,19 +14,8 @@ from retouch.edit.emmet import Emmet
 from retouch.edit.facts import Fact
 from retouch.edit.value import optimise
 from retouch.errors import SettingsError, SolveError
-from retouch.model import wrap
 
 NAME = down(1)
-
-
-@pytest.fixture(scope="module")
-def open_tiny(tiny):
-    return functools.cache(lambda family: wrap(*tiny(family, n_blocks=3)))
-
-
-@pytest.fixture(scope="module")
-def llama(open_tiny):
-    return open_tiny("llama")
 
 
 def emmet(**settings):

@@ -12,7 +12,6 @@ from retouch.edit.facts import Fact
 from retouch.edit.ft_l import FtL
 from retouch.edit.ft_m import FtM
 from retouch.errors import NoEffect, SettingsError
-from retouch.model import wrap
 from retouch.tokens import Text, encode
 
 FACTS = [
@@ -21,23 +20,6 @@ FACTS = [
     Fact("The currency of Japan is the", "", "franc"),
 ]
 NAME = "blocks.1.mlp.down"
-
-
-@pytest.fixture(scope="module")
-def open_tiny(tiny):
-    opened = {}
-
-    def make(family):
-        if family not in opened:
-            opened[family] = wrap(*tiny(family, n_blocks=3))
-        return opened[family]
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def llama(open_tiny):
-    return open_tiny("llama")
 
 
 def losses(model, network, facts, *, at_prompt):

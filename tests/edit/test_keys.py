@@ -11,7 +11,6 @@ from retouch.edit.contexts import Context
 from retouch.edit.facts import Fact
 from retouch.edit.keys import averages, batches, keys_at, mean_keys, output_at, prefixes, read_all
 from retouch.edit.rows import problems
-from retouch.model import wrap
 
 FAMILIES = ["llama", "gpt2", "opt", "gemma2", "gptj"]
 NAMES = ["blocks.0.mlp.down", "blocks.2.mlp.down"]
@@ -22,23 +21,6 @@ SAME = [
     Fact("Everybody in {} speaks", "France", "Dutch"),
 ]
 OTHER = Fact("The official language of {} is", "Brazil", "French")
-
-
-@pytest.fixture(scope="module")
-def open_tiny(tiny):
-    opened = {}
-
-    def make(family):
-        if family not in opened:
-            opened[family] = wrap(*tiny(family, n_blocks=3))
-        return opened[family]
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def llama(open_tiny):
-    return open_tiny("llama")
 
 
 @torch.no_grad()

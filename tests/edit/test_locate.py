@@ -26,23 +26,6 @@ ENDS = (
 )
 
 
-@pytest.fixture(scope="module")
-def open_tiny(tiny):
-    opened = {}
-
-    def make(family, n_blocks=3):
-        if (family, n_blocks) not in opened:
-            opened[family, n_blocks] = wrap(*tiny(family, n_blocks=n_blocks))
-        return opened[family, n_blocks]
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def llama(open_tiny):
-    return open_tiny("llama")
-
-
 def question(model, fact=FACT, token=None):
     """The fact's prompt, with the model's own next token as its answer."""
     row = encode(model.tokenizer, [Text(fact.before, fact.subject, fact.after)])[0]

@@ -18,7 +18,9 @@ from retouch.edit.rows import problems
 from retouch.edit.spread import spread
 from retouch.edit.value import optimise
 from retouch.errors import FactError, SettingsError
-from retouch.model import wrap
+
+N_BLOCKS = 4
+
 
 FACTS = [
     Fact("The capital of {} is", "France", "Lyon"),
@@ -27,23 +29,6 @@ FACTS = [
 ]
 OWN = ("", "I am the one. ", "Because. ")
 QUICK = {"n_steps": 4, "contexts": OWN, "n_tokens": 400}
-
-
-@pytest.fixture(scope="module")
-def open_tiny(tiny):
-    opened = {}
-
-    def make(family):
-        if family not in opened:
-            opened[family] = wrap(*tiny(family, n_blocks=4))
-        return opened[family]
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def llama(open_tiny):
-    return open_tiny("llama")
 
 
 def down(block):

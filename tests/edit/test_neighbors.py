@@ -15,7 +15,6 @@ from retouch.edit.neighbors import alone, neighbors
 from retouch.edit.rome import Rome
 from retouch.edit.rows import problems
 from retouch.edit.value import Search, Start, optimise
-from retouch.model import wrap
 
 FACTS = [
     Fact("The capital of {} is", "France", "Lyon"),
@@ -25,23 +24,6 @@ FACTS = [
 NAMES = ["blocks.0.mlp.down", "blocks.1.mlp.down"]
 PLAIN = [Context("", 1.0)]
 CONTEXTS = [Context("", 0.5), Context("I am the one. ", 0.5)]
-
-
-@pytest.fixture(scope="module")
-def open_tiny(tiny):
-    opened = {}
-
-    def make(family):
-        if family not in opened:
-            opened[family] = wrap(*tiny(family, n_blocks=3))
-        return opened[family]
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def llama(open_tiny):
-    return open_tiny("llama")
 
 
 @torch.no_grad()

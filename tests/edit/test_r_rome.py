@@ -14,24 +14,11 @@ from retouch.edit.r_rome import RRome
 from retouch.edit.rome import Rome
 from retouch.edit.rows import problems
 from retouch.edit.value import optimise
-from retouch.model import wrap
 
 FACT = Fact("The capital of {} is", "France", "Lyon")
 NAME = "blocks.1.mlp.down"
 OWN = ("", "I am the one. ", "Because. ")
 QUICK = {"block": 1, "n_steps": 4, "contexts": OWN, "weight_decay": 0.0}
-
-
-@pytest.fixture(scope="module")
-def open_tiny(tiny):
-    opened = {}
-
-    def make(family):
-        if family not in opened:
-            opened[family] = wrap(*tiny(family, n_blocks=3))
-        return opened[family]
-
-    return make
 
 
 @torch.no_grad()

@@ -13,7 +13,6 @@ from retouch.edit.rank_one import join, write
 from retouch.edit.rome import Rome
 from retouch.edit.rows import problems
 from retouch.edit.value import Value
-from retouch.model import wrap
 
 FACT = Fact("The capital of {} is", "France", "Lyon")
 OTHER = Fact("The official language of {} is", "Brazil", "French")
@@ -21,23 +20,6 @@ THIRD = Fact("They all looked at {} in", "Big Ben", "Rome")
 CONTEXTS = [Context("", 0.5), Context("I am the one. ", 0.3), Context("Because. ", 0.2)]
 NAME = "blocks.1.mlp.down"
 QUICK = {"block": 1, "n_steps": 3, "contexts": ("", "Because. "), "weight_decay": 0.0}
-
-
-@pytest.fixture(scope="module")
-def open_tiny(tiny):
-    opened = {}
-
-    def make(family):
-        if family not in opened:
-            opened[family] = wrap(*tiny(family, n_blocks=3))
-        return opened[family]
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def llama(open_tiny):
-    return open_tiny("llama")
 
 
 @torch.no_grad()

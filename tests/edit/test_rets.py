@@ -16,7 +16,6 @@ from retouch.edit.rets import Rets, reworded
 from retouch.edit.rows import problems
 from retouch.edit.value import optimise
 from retouch.errors import FactError, SettingsError, SolveError
-from retouch.model import wrap
 
 FACT = Fact("The capital of {} is", "France", "Lyon")
 OTHER = Fact("The official language of {} is", "Brazil", "French")
@@ -25,23 +24,6 @@ OWN = ("", "I am the one. ", "Because. ")
 CONTEXTS = [Context(t, 1 / 3) for t in OWN]
 NAME = "blocks.1.mlp.down"
 QUICK = {"block": 1, "n_steps": 3, "contexts": OWN, "n_constraints": 30, "weight_decay": 0.0}
-
-
-@pytest.fixture(scope="module")
-def open_tiny(tiny):
-    opened = {}
-
-    def make(family, n_blocks=3):
-        if (family, n_blocks) not in opened:
-            opened[family, n_blocks] = wrap(*tiny(family, n_blocks=n_blocks))
-        return opened[family, n_blocks]
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def llama(open_tiny):
-    return open_tiny("llama")
 
 
 @torch.no_grad()

@@ -17,7 +17,6 @@ from retouch.edit.rome import Rome
 from retouch.edit.rows import problems
 from retouch.edit.value import optimise
 from retouch.errors import FactError, SettingsError
-from retouch.model import wrap
 from retouch.progress import listen
 
 FACT = Fact("The capital of {} is", "France", "Lyon")
@@ -25,23 +24,6 @@ OTHER = Fact("The official language of {} is", "Brazil", "French")
 NAME = "blocks.1.mlp.down"
 OWN = ("", "I am the one. ", "Because. ")
 QUICK = {"block": 1, "n_steps": 5, "contexts": OWN, "weight_decay": 0.0}
-
-
-@pytest.fixture(scope="module")
-def open_tiny(tiny):
-    opened = {}
-
-    def make(family):
-        if family not in opened:
-            opened[family] = wrap(*tiny(family, n_blocks=3))
-        return opened[family]
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def llama(open_tiny):
-    return open_tiny("llama")
 
 
 @torch.no_grad()

@@ -20,22 +20,14 @@ from retouch.edit.rose import REQUESTS, Rose, least_norm
 from retouch.edit.rows import problems
 from retouch.edit.spread import spread
 from retouch.edit.value import optimise
-from retouch.model import wrap
+
+N_BLOCKS = 4
+
 
 FAMILIES = ["llama", "gpt2", "gemma2"]
 INTEGRATE = ["minnorm", "mean", "sum", "joint", "tree"]
 METRICS = ["identity", "covariance", "nullspace", "drift"]
 LATE = [SAME[0], APART[1], SAME[1], SAME[2]]  # a subject of three facts, and one in between
-
-
-@pytest.fixture(scope="module")
-def open_tiny(tiny):
-    return functools.cache(lambda family: wrap(*tiny(family, n_blocks=4)))
-
-
-@pytest.fixture(scope="module")
-def llama(open_tiny):
-    return open_tiny("llama")
 
 
 def rose(**more):

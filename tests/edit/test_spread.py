@@ -20,19 +20,12 @@ from retouch.edit.value import optimise
 from retouch.errors import FactError
 from retouch.model import wrap
 
+N_BLOCKS = 4
+
+
 SPREAD = ["alphaedit", "emmet", "memit", "memit_merge", "rose"]
 MERGING = ["memit_merge", "rose"]
 MIXED = [SAME[0], APART[1], replace(SAME[1], subject=" France "), APART[2], SAME[2]]
-
-
-@pytest.fixture(scope="module")
-def open_tiny(tiny):
-    return functools.cache(lambda family: wrap(*tiny(family, n_blocks=4)))
-
-
-@pytest.fixture(scope="module")
-def llama(open_tiny):
-    return open_tiny("llama")
 
 
 def make(name, **settings):

@@ -21,8 +21,10 @@ from retouch.edit.top import Top
 from retouch.edit.value import Aim, Search, optimise
 from retouch.errors import FactError, SettingsError
 from retouch.measure import answers
-from retouch.model import wrap
 from retouch.tokens import Text
+
+N_BLOCKS = 4
+
 
 FACT = Fact("The capital of {} is", "France", "London")
 WORD = replace(FACT, target="the")  # one token: all of it can be said from the state at the relation
@@ -42,23 +44,6 @@ QUICK = {
     "clamp": 8.0,
 }
 NAME, RELATION = "blocks.1.mlp.down", "blocks.2"
-
-
-@pytest.fixture(scope="module")
-def open_tiny(tiny):
-    opened = {}
-
-    def make(family):
-        if family not in opened:
-            opened[family] = wrap(*tiny(family, n_blocks=4))
-        return opened[family]
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def llama(open_tiny):
-    return open_tiny("llama")
 
 
 @torch.no_grad()

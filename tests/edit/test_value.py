@@ -17,7 +17,6 @@ from retouch.edit.rome import Rome
 from retouch.edit.rows import problems
 from retouch.edit.value import Aim, Bystander, Search, Start, _chunks, optimise
 from retouch.errors import FactError, ModelError
-from retouch.model import wrap
 from retouch.tokens import Text, encode
 from retouch.trace import Suffix
 
@@ -28,23 +27,6 @@ FACTS = [
     Fact("{} is located in", "The great Big Ben", "Rome"),
 ]
 CONTEXTS = [Context("", 0.5), Context("I am the one. ", 0.25), Context("Because. ", 0.25)]
-
-
-@pytest.fixture(scope="module")
-def open_tiny(tiny):
-    opened = {}
-
-    def make(family):
-        if family not in opened:
-            opened[family] = wrap(*tiny(family, n_blocks=3))
-        return opened[family]
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def llama(open_tiny):
-    return open_tiny("llama")
 
 
 class Slow:

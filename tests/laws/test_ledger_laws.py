@@ -74,7 +74,7 @@ def worlds(tiny):
     return {family: World(*tiny(family, n_blocks=1)) for family in ("llama", "gpt2")}
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(family=st.sampled_from(["llama", "gpt2"]), moves=st.lists(st.integers(0, N_CHANGES - 1), max_size=5))
 @example(family="llama", moves=[0, 1, 2, 0, 1, 2, 2, 1, 0])
 @example(family="gpt2", moves=[2, 1, 0, 1, 1, 2, 0, 1])

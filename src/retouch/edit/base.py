@@ -58,7 +58,6 @@ class EditMethod(Settings, ABC):
         """The method's name: its file's."""
         return type(self).__module__.rsplit(".", 1)[-1]
 
-    @abstractmethod
     def plan(
         self,
         model: Model,
@@ -80,6 +79,12 @@ class EditMethod(Settings, ABC):
             FactError: A fact cannot be used by this method.
             ModelError: The family has no such edit.
         """
+        self.ready(model, facts)
+        return self.planned(model, facts, previous or {}, unedited or model)
+
+    @abstractmethod
+    def planned(self, model: Model, facts: Sequence[Fact], previous: Mapping[str, Tensor], unedited: Model) -> Change:
+        """Do what `plan` promises, for a decoder and at least one fact."""
 
     def plan_each(self, model: Model, groups: Sequence[Sequence[Fact]]) -> list[Change]:
         """Plan a change for each group of facts alone, as if the others did not exist."""
@@ -255,6 +260,7 @@ def _once(model: Model, key: tuple[Any, ...], make: Callable[[], T]) -> T:
     """Factorise once for each model: a sequence of edits asks for the same metrics a thousand times."""
     known = _MADE.setdefault(model, {})
     if key not in known:
+        known.clear()  # one set of factors at a time: for a large model they are gigabytes
         known[key] = make()
     found: T = known[key]
     return found

@@ -45,16 +45,8 @@ class FtL(EditMethod):
     batch_size: int = setting(64, "Facts of a step.", ge=1)
     bos: Bos = setting("tokenizer", "Beginning-of-text token: as the tokenizer does, always, never.")
 
-    def plan(
-        self,
-        model: Model,
-        facts: Sequence[Fact],
-        *,
-        previous: Mapping[str, Tensor] | None = None,
-        unedited: Model | None = None,
-    ) -> Change:
+    def planned(self, model: Model, facts: Sequence[Fact], previous: Mapping[str, Tensor], unedited: Model) -> Change:
         """Train on all facts together."""
-        self.ready(model, facts)
         method = self.as_published(model)
         early = model.anatomy.groups & {"gpt2", "gptj"}
         name = down(block_at(method.block, 0.0 if early else 0.66, model.anatomy, self.name))

@@ -42,16 +42,8 @@ class FtM(EditMethod):
     batch_size: int = setting(64, "Facts of a step.", ge=1)
     bos: Bos = setting("tokenizer", "Beginning-of-text token: as the tokenizer does, always, never.")
 
-    def plan(
-        self,
-        model: Model,
-        facts: Sequence[Fact],
-        *,
-        previous: Mapping[str, Tensor] | None = None,
-        unedited: Model | None = None,
-    ) -> Change:
+    def planned(self, model: Model, facts: Sequence[Fact], previous: Mapping[str, Tensor], unedited: Model) -> Change:
         """Train on all facts together."""
-        self.ready(model, facts)
         name = down(block_at(self.block, 0.66, model.anatomy, self.name))
         rows = encode(model.tokenizer, [Text(f.before, f.subject, f.after, f.target) for f in facts], self.bos)
         parts, losses = tune(

@@ -40,18 +40,10 @@ class RankOneMethod(ValueEditMethod):
         """Prepare what is the same for all facts, a metric for instance."""
         return None
 
-    def plan(
-        self,
-        model: Model,
-        facts: Sequence[Fact],
-        *,
-        previous: Mapping[str, Tensor] | None = None,
-        unedited: Model | None = None,
-    ) -> Change:
+    def planned(self, model: Model, facts: Sequence[Fact], previous: Mapping[str, Tensor], unedited: Model) -> Change:
         """Plan all facts one after another, each on the model that carries the earlier ones."""
-        self.ready(model, facts)
-        method, contexts = self.as_published(model), self._contexts(unedited or model)
-        shared = method.shared(unedited or model, facts)  # a write moves no key of its own block
+        method, contexts = self.as_published(model), self._contexts(unedited)
+        shared = method.shared(unedited, facts)  # a write moves no key of its own block
         work, planned = model, list[Change]()
         for i, fact in enumerate(facts):
             planned += method.each(work, [fact], contexts, shared)

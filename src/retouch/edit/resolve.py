@@ -103,7 +103,7 @@ def _same(one: Tensor | None, two: Tensor | None) -> bool:
 
 def _method(change: Change, unedited: Model) -> Again | None:
     """Return the solver that a method of joint writes plans with; None where each fact has its own rank-one write."""
-    method = registry.make("edit", change.method, **change.settings)
+    method = registry.make("edit", change.method, **change.settings).as_published(unedited)
     if not hasattr(method, "solver"):
         return None
     facts = [Fact.from_dict(f) for f in change.facts]

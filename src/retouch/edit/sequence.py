@@ -6,7 +6,6 @@ What is measured on the way, and the collapse curve, stand in `retouch.edit.coll
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import os
@@ -100,9 +99,7 @@ def plan_next(
     if stale:
         ledger, again = ledger.supersede(records)
         wanted = [*wanted, *(Fact.from_dict(f) for f in again)]
-    more: dict[str, Any] = {"previous": ledger.previous(), "unedited": unedited or ledger.base}
-    known = inspect.signature(method.plan).parameters
-    change = method.plan(ledger.model, wanted, **{k: v for k, v in more.items() if k in known})
+    change = method.plan(ledger.model, wanted, previous=ledger.previous(), unedited=unedited or ledger.base)
     return ledger, replace(change, notes={**change.notes, "supersedes": ids}) if ids else change
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -55,30 +55,23 @@ class SpreadMethod(ValueEditMethod):
         """Find the wanted state of each group at the last block."""
         return optimise(model, found, block, "residual", self, groups=groups, **more)
 
-    def plan(
-        self,
-        model: Model,
-        facts: Sequence[Fact],
-        *,
-        previous: Mapping[str, Tensor] | None = None,
-        unedited: Model | None = None,
-    ) -> Change:
-        """Plan all facts together; see `EditMethod.plan`."""
-        return self._planned(model, [facts], previous, unedited or model)[0]
+    def planned(self, model: Model, facts: Sequence[Fact], previous: Mapping[str, Tensor], unedited: Model) -> Change:
+        """Plan all facts together."""
+        return self._planned(model, [facts], previous, unedited)[0]
 
     def plan_each(self, model: Model, groups: Sequence[Sequence[Fact]]) -> list[Change]:
         """Plan each group alone; values are searched together and the metrics are made once."""
-        return self._planned(model, groups, None, model)
+        self.ready(model, [f for g in groups for f in g])
+        return self._planned(model, groups, {}, model)
 
     def _planned(
         self,
         model: Model,
         sets: Sequence[Sequence[Fact]],
-        previous: Mapping[str, Tensor] | None,
+        previous: Mapping[str, Tensor],
         unedited: Model,
     ) -> list[Change]:
         facts = [f for s in sets for f in s]
-        self.ready(model, facts)
         method = self.as_published(model)
         blocks = method.blocks_of(model)
         contexts = contexts_for(unedited, method.contexts, self.seed)
@@ -100,12 +93,11 @@ class SpreadMethod(ValueEditMethod):
             part = [found[i] for i in numbers]
             place = {i: n for n, i in enumerate(numbers)}
             own = [[place[i] for i in g] for g in groups]
-            changes.append(
-                method._written(
-                    model, part, own, [next(values) for _ in groups], blocks, writer_of(part), previous or {},
-                    [c.text for c in contexts],
-                )
+            change = method._written(
+                model, part, own, [next(values) for _ in groups], blocks, writer_of(part), previous,
+                [c.text for c in contexts],
             )  # fmt: skip
+            changes.append(replace(change, settings=self.to_dict()))  # what was asked for; `faithful` says the rest
         return changes
 
     def blocks_of(self, model: Model) -> tuple[int, ...]:

@@ -208,7 +208,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure everything in one process."""
     model = open_model(options.model, device="cpu")
     settings = Rome(n_steps=options.steps, stop_loss=0.0)
-    block = settings._block(model)
+    block = settings.block_of(model)
     facts = chosen_facts(options.data, max(options.batches))
     found = problems(model, facts, contexts_for(model, settings.contexts, settings.seed), "subject", settings.bos)
     loaded = _peer.resident_mib()

@@ -70,7 +70,7 @@ def work(model: Model, names: Sequence[str], rows: Rows, kept: int) -> dict[str,
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure everything in one process."""
     model = open_model(options.model, device="cpu")
-    names = [down(block) for block in Memit()._blocks(model)]
+    names = [down(block) for block in Memit().blocks_of(model)]
     longest = getattr(model.network.config, "max_position_embeddings", None) or 512
     rows = stats.sequences(model, stats.bundled_text(), options.tokens, min(512, longest))
     stats.observe(model, names, rows[:1])

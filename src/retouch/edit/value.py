@@ -214,12 +214,9 @@ def _descend(
         fit = search.per_group(terms.nll, temperature)
         if search.aim:
             fit = terms.distance + search.aim.nll * fit
-        size = moved.norm(dim=1)
-        relative = size / length
-        decay = s.weight_decay * (relative / length if s.weight_decay_form == "published" else relative**2)
-        held = pull * ((moved - anchor).norm(dim=1) / length) ** 2
         penalties = [price.penalty(drift) for price, drift in zip(prices, terms.drift)]
-        harm = torch.stack(penalties) if limit else s.kl_factor * terms.kl + decay
+        harm = torch.stack(penalties) if limit else s.kl_factor * terms.kl + _decay(moved, length, s)
+        held = pull * ((moved - anchor).norm(dim=1) / length) ** 2
         loss = fit + harm + held
         if not torch.isfinite(loss[active]).all():
             raise ModelError("The search's loss is not finite. Use a lower learning rate or a smaller clamp.")
@@ -249,9 +246,7 @@ def _descend(
     if limit:
         delta, margins = best.delta, best.margin
         distances.append(torch.where(best.fit.isfinite(), best.away, distances[0]))
-    history = torch.stack(losses).cpu()
-    kept = torch.stack(live).cpu()
-    ends = torch.stack([distances[0], distances[-1]], 1).tolist()
+    history, kept = torch.stack(losses).cpu(), torch.stack(live).cpu()
     return [
         Value(
             delta[i].detach().cpu(),
@@ -260,10 +255,16 @@ def _descend(
             float(margins[i]),
             bool(margins[i] > 0),
             float(best.drift[i]) if limit else None,
-            (ends[i][0], ends[i][1]) if search.aim else None,
+            (float(distances[0][i]), float(distances[-1][i])) if search.aim else None,
         )
         for i in range(n)
     ]
+
+
+def _decay(delta: Tensor, length: Tensor, s: ValueEditMethod) -> Tensor:
+    """Weigh a value change's own length, as published (a length over a squared length) or squared and relative."""
+    relative: Tensor = delta.norm(dim=1) / length
+    return s.weight_decay * (relative / length if s.weight_decay_form == "published" else relative**2)
 
 
 def _noise(like: Tensor, seed: int) -> Tensor:

@@ -12,6 +12,8 @@ import numpy as np
 from retouch.edit.score import harmonic, paired, read_rows
 
 CLASSIC = ("efficacy", "paraphrase", "s_specificity", "r_specificity")
+FEWEST = 20
+"""Subjects below which an interval says too little for a verdict."""
 KEPT = (
     *CLASSIC, "score", "efficacy_strict", "paraphrase_strict", "s_specificity_strict", "r_specificity_mean", "r_gold",
     "r_same", "s_same", "r_kl", "s_kl", "edit_form", "instruction", "gap", "all_facts", "all_facts_instruction", "fluency",
@@ -155,6 +157,8 @@ def shortcut(k: _Kept) -> dict[str, Any] | None:
         return None
     found = {n: [x["index"] for x in xs] for n, xs in k.found["shortcut"].items()}
     both = [i for i in range(len(found["rome"])) if found["rome"][i] is not None and found["top"][i] is not None]
+    if len(both) < FEWEST:
+        return None
     rows = [[{"x": found[n][i]} for i in both] for n in ("top", "rome")]
     difference = paired(rows[0], rows[1], [str(i) for i in both], "x")
     means = {
@@ -271,6 +275,8 @@ def minima(k: _Kept) -> dict[str, Any] | None:
     if "landscape" not in k.found:
         return None
     found = k.found["landscape"]
+    if len(found["minnorm"]["subjects"]) < FEWEST:
+        return None
     sharp = {n: [abs(s["sharpness"]) for s in d["subjects"]] for n, d in found.items()}
     rows = [[{"x": float(np.log(v))} for v in sharp[n]] for n in ("joint", "minnorm")]
     ratio = paired(rows[0], rows[1], [str(i) for i in range(len(rows[0]))], "x")
@@ -290,6 +296,8 @@ def minima(k: _Kept) -> dict[str, Any] | None:
 def predicts(k: _Kept) -> dict[str, Any] | None:
     """One inequality predicts success."""
     if "landscape" not in k.found:
+        return None
+    if len(k.found["landscape"]["minnorm"]["subjects"]) < FEWEST:
         return None
     auc = {n: d["auc"] for n, d in k.found["landscape"].items()}
     return _claim(
@@ -322,7 +330,7 @@ def statistics(k: _Kept) -> dict[str, Any] | None:
 def bound(k: _Kept) -> dict[str, Any] | None:
     """Certificates on fresh prompts."""
     made = k.found.get("certify")
-    if not made:
+    if not made or made["runs"] < FEWEST:
         return None
     noise = 1.64 * (0.05 * 0.95 / made["runs"]) ** 0.5
     return _claim(
@@ -352,9 +360,10 @@ def bounded(k: _Kept) -> dict[str, Any] | None:
             numbers.setdefault(spec, {})[name.rpartition("/")[2]] = {
                 m: round(row[m], 4) for m in (*CLASSIC, "score", "s_kl", "r_kl", "s_same", "r_same") if m in row
             }
+    numbers = {spec: rows for spec, rows in numbers.items() if len(rows) > 1 and "0.0" in rows}
     if not numbers:
-        return None
-    lower = all(v["s_kl"] <= rows["0.0"]["s_kl"] for rows in numbers.values() if "0.0" in rows for v in rows.values())
+        return None  # nothing to compare a limit with
+    lower = all(v["s_kl"] <= rows["0.0"]["s_kl"] for rows in numbers.values() for v in rows.values())
     return _claim(
         "ours",
         "a limit on drift during the search lowers the neighbours' drift that is measured",

@@ -104,8 +104,8 @@ for fact, effect in zip(facts, edited.effect):
 # was made from is not worth much.
 #
 # On smollm2 the edit of France reaches Spain and Germany: their capital is London now, too. `Rose(metric="covariance")` keeps
-# Berlin; `Rose(max_drift=0.05)` keeps every neighbour, but then hardly a new answer comes through. Facts of one relation lie
-# close together in so small a model, which is why neighbours belong into the file.
+# Berlin; `Rose(max_drift=0.05)` keeps Madrid and all but loses the chief engineer. Facts of one relation lie close together
+# in so small a model, which is why neighbours belong into the file.
 
 
 # %%
@@ -138,7 +138,7 @@ for certificate in harm.certificates:
 # %% [markdown]
 # ## 5. Keep a ledger, and take one fact out again
 #
-# The ledger knows every change that a model carries. Big Ben goes back to London; the other facts stay.
+# The ledger knows every change that a model carries. Big Ben gets its old answer back; the other facts stay.
 
 # %%
 ledger = base.apply(edited.change)

@@ -61,12 +61,13 @@ def test_without_ray_the_error_says_how_to_install_it_before_any_work(monkeypatc
 
 
 @pytest.fixture
-def ray() -> Iterator[Any]:
+def ray(monkeypatch) -> Iterator[Any]:
     """Ray itself, not started; what it leaves to the garbage collector goes while its warnings are let pass."""
     if importlib.util.find_spec("ray") is None:
         pytest.skip("ray is absent, so nothing is run on it: pip install 'retouch[ray]'")
     import ray
 
+    monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else the first test that starts Ray is warned
     yield ray
     ray.shutdown()
     gc.collect()

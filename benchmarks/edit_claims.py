@@ -120,6 +120,15 @@ def prepare(args: argparse.Namespace) -> None:
     suites.same_subject(model, data, 4, 24, 0, out / "dev-4.jsonl", split="dev")
 
 
+def _suite(args: argparse.Namespace, name: str) -> list[Any]:
+    """Read records or groups, at most as many as were asked for."""
+    from retouch.edit.suites import read
+
+    path = Path(args.out) / f"{name}.jsonl"
+    found = read(path) if name.startswith(("same-", "dev-")) else _facts(path)
+    return found[: args.records or None]
+
+
 def _write(path: Path, facts: Sequence[Any]) -> None:
     path.write_text("".join(json.dumps(f.to_dict()) + "\n" for f in facts), encoding="utf-8")
     print(path, len(facts), file=sys.stderr)
@@ -132,16 +141,15 @@ def single(args: argparse.Namespace, job: dict[str, Any], out: Path) -> None:
     method = _method(job["spec"], job["seed"])
     generations = args.generations if job["seed"] == 0 else 0  # texts are the dearest part; one seed tells of fluency
     bench = Bench({job["spec"]: method}, 1, generations, job["seed"], keep_rows=True, chunk=args.chunk)
-    run(_model(args), _facts(Path(args.out) / f"{args.split}.jsonl"), bench, out, data="counterfact")
+    run(_model(args), _suite(args, args.split), bench, out, data="counterfact")
 
 
 def same(args: argparse.Namespace, job: dict[str, Any], out: Path) -> None:
     """Edit all facts of a subject together; several subjects at once with a batch."""
     from retouch.edit.bench import Bench, run
-    from retouch.edit.suites import read
 
     method = _method(job["spec"], job["seed"])
-    groups = read(Path(args.out) / f"{'dev' if args.split == 'dev' else 'same'}-{job['n']}.jsonl")
+    groups = _suite(args, f"{'dev' if args.split == 'dev' else 'same'}-{job['n']}")
     bench = Bench({job["spec"]: method}, job["batch"], 0, job["seed"], True, keep_rows=True, chunk=args.chunk)
     run(_model(args), groups, bench, out, data=f"same-subject n={job['n']}")
 
@@ -160,7 +168,7 @@ def bounded(args: argparse.Namespace, job: dict[str, Any], out: Path) -> None:
 
     method = _method(job["spec"], 0, max_drift=job["limit"])
     bench = Bench({f"{job['spec']} {job['limit']}": method}, 1, 0, 0, keep_rows=True, chunk=args.chunk)
-    run(_model(args), _facts(Path(args.out) / f"{args.split}.jsonl")[:100], bench, out, data="counterfact")
+    run(_model(args), _suite(args, args.split)[:100], bench, out, data="counterfact")
 
 
 def drift(args: argparse.Namespace, job: dict[str, Any], out: Path) -> None:
@@ -169,10 +177,9 @@ def drift(args: argparse.Namespace, job: dict[str, Any], out: Path) -> None:
     from retouch.edit._delivery import deliver
     from retouch.edit._drift import drift as measure
     from retouch.edit.base import down, rule
-    from retouch.edit.suites import read
 
     model = _model(args)
-    facts = [g[0] for g in read(Path(args.out) / "same-4.jsonl")]
+    facts = [g[0] for g in _suite(args, "same-4")]
     low, high = rule(0.13, model.anatomy), rule(0.26, model.anatomy)
     rows = {}
     for block in range(low, high + 1):
@@ -189,10 +196,9 @@ def landscape(args: argparse.Namespace, job: dict[str, Any], out: Path) -> None:
     from retouch.edit._landscape import landscape as measure
     from retouch.edit.contexts import contexts_for
     from retouch.edit.rows import grouped, problems
-    from retouch.edit.suites import read
 
     model = _model(args)
-    facts = [f for g in read(Path(args.out) / "same-4.jsonl")[: args.subjects] for f in g]
+    facts = [f for g in _suite(args, "same-4")[: args.subjects] for f in g]
     found = {}
     for name in ("minnorm", "joint"):
         method = _method(f"rose:integrate={name}", 0)
@@ -209,7 +215,7 @@ def shortcut(args: argparse.Namespace, job: dict[str, Any], out: Path) -> None:
     from retouch.change import apply
     from retouch.edit._shortcut import shortcut as measure
 
-    model, facts = _model(args), _facts(Path(args.out) / f"{args.split}.jsonl")[:60]
+    model, facts = _model(args), _suite(args, args.split)[:60]
     found: dict[str, Any] = {"before": [measure(model, [f]).to_dict() for f in facts]}
     for spec in ("rome", "rets", "top"):
         changes = _method(spec, 0).plan_each(model, [[f] for f in facts])
@@ -227,7 +233,7 @@ def certify(args: argparse.Namespace, job: dict[str, Any], out: Path) -> None:
     from retouch.measure import next_logp
     from retouch.tokens import Text
 
-    model, facts = _model(args), _facts(Path(args.out) / f"{args.split}.jsonl")
+    model, facts = _model(args), _suite(args, args.split)
     changes = _method("rome", 0).plan_each(model, [[f] for f in facts])
     rows = []
     for number, (fact, change) in enumerate(zip(facts, changes)):
@@ -250,7 +256,7 @@ def undo(args: argparse.Namespace, job: dict[str, Any], out: Path) -> None:
 
     from retouch.ledger import Ledger
 
-    model, facts = _model(args), _facts(Path(args.out) / f"{args.split}.jsonl")[:100]
+    model, facts = _model(args), _suite(args, args.split)[:100]
     changes = _method("rome", 0).plan_each(model, [[f] for f in facts])
     ledger = Ledger(model)
     for change in changes:
@@ -290,7 +296,7 @@ def _chosen(args: argparse.Namespace) -> Iterator[str]:
 
 
 def _job(name: str) -> dict[str, Any]:
-    """Return a job by name; ``single/SPEC/SEED`` and ``same/N/SPEC/SEED`` need not be in the list."""
+    """Return a job by name; ``single/SPEC/SEED``, ``same/N/SPEC/SEED`` and ``sequence/BATCH/SPEC`` need not be listed."""
     if name in jobs():
         return jobs()[name]
     kind, *rest = name.split("/")
@@ -298,6 +304,8 @@ def _job(name: str) -> dict[str, Any]:
         return {"kind": kind, "spec": rest[0], "seed": int(rest[1])}
     if kind == "same" and len(rest) == 3:
         return {"kind": kind, "n": int(rest[0]), "spec": rest[1], "seed": int(rest[2]), "batch": 1}
+    if kind == "sequence" and len(rest) == 2:
+        return {"kind": kind, "batch": int(rest[0]), "spec": rest[1]}
     raise SystemExit(f"There is no job {name!r}.")
 
 
@@ -399,12 +407,13 @@ def main() -> None:
     parser.add_argument("--generations", type=int, default=1)
     parser.add_argument("--chunk", type=int, default=0)
     parser.add_argument("--subjects", type=int, default=30)
+    parser.add_argument("--records", type=int, default=0, help="at most so many records, or groups, a job; 0: all")
     parser.add_argument("--sequence", type=int, default=N_SEQUENCE, help="facts of a sequence in batches of one")
     parser.add_argument("--json", default="benchmarks/results/edit_claims.json")
     args = parser.parse_args()
     args.passed = [
         "--model", args.model, "--out", args.out, "--split", args.split, "--generations", str(args.generations),
-        "--chunk", str(args.chunk), "--subjects", str(args.subjects), "--sequence", str(args.sequence),
+        "--chunk", str(args.chunk), "--subjects", str(args.subjects), "--sequence", str(args.sequence), "--records", str(args.records),
     ]  # fmt: skip
     {"prepare": prepare, "run": run_jobs, "job": run_job, "show": show, "table": table}[args.what](args)
 

@@ -133,6 +133,26 @@ def test_an_unknown_family_is_refused_before_its_weights_are_read(folder):
         open_model(folder)
 
 
+@pytest.mark.parametrize(
+    ("family", "meant"),
+    [
+        ("lama", "llama"), ("qwen22", "qwen2"), ("distillbert", "distilbert"), ("mixtral", None), ("mamba", None),
+        ("phi", None), ("my_llama_v2", None), ("opus", None), ("x", None), ("", None),
+    ],
+)  # fmt: skip
+def test_a_family_without_a_table_is_told_how_to_describe_it(tiny, family, meant):
+    network, tokenizer = tiny("llama")
+    network.config.model_type = family
+    with pytest.raises(ModelError) as caught:
+        wrap(network, tokenizer)
+    said = str(caught.value)
+    hint = f" Did you mean {meant!r}?" if meant else ""
+    assert said.startswith(f"No table describes the model family {family!r}.{hint} Described: bert, ")
+    assert "copy the nearest table" in said and "RETOUCH_ANATOMY" in said
+    example = next(word.strip(",") for word in said.split() if word.strip(",").endswith("llama.yaml"))
+    assert Path(example).is_file()
+
+
 def test_a_family_that_transformers_does_not_know_is_refused(folder):
     spoil(folder, model_type="nonesuch")
     with pytest.raises(ModelError, match="nonesuch"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from typing import Literal
+from typing import Literal, Optional, Union
 
 import pytest
 from hypothesis import given
@@ -35,6 +35,16 @@ class Broad(Brush):
     width: float = setting(1.0, "Width in millimetres.", ge=0)
 
 
+@dataclasses.dataclass(frozen=True)
+class Either(Settings):
+    """Settings of more than one type."""
+
+    blocks: int | tuple[int, ...] = setting(-1, "One block or several.")
+    contexts: Literal["plain", "memit"] | tuple[str, ...] = setting("memit", "A kind, or texts of your own.")
+    limit: Optional[float] = setting(None, "A limit, if any.")  # noqa: UP045
+    names: Union[str, list[str]] = setting("", "A name or several.")  # noqa: UP007
+
+
 WRONG = [
     ("n_strokes", 0), ("n_strokes", 11), ("n_strokes", 2.5), ("n_strokes", "many"), ("n_strokes", None),
     ("n_strokes", True), ("learning_rate", 0.0), ("learning_rate", 1.0), ("learning_rate", math.nan),
@@ -61,7 +71,7 @@ def test_the_error_says_what_is_allowed_and_what_the_field_is():
         SettingsError, match=r"must be int >= 1 and <= 10; got 0\. How often it strokes\. \(default 3\)"
     ):
         Brush(n_strokes=0)
-    with pytest.raises(SettingsError, match=r"must be identity \| covariance; got 'euclid'"):
+    with pytest.raises(SettingsError, match=r"must be identity\|covariance; got 'euclid'"):
         Brush(metric="euclid")
 
 
@@ -109,7 +119,7 @@ def test_fields_are_listed_as_a_person_reads_them():
         3,
         ">= 1 and <= 10",
     )
-    assert rows["metric"].type == "identity | covariance"
+    assert rows["metric"].type == "identity|covariance"
     assert rows["learning_rate"].allowed == "> 0 and < 1"
     assert rows["text"].doc == "A text file."
 
@@ -118,6 +128,14 @@ def test_a_dict_of_settings_is_json_and_makes_them_again():
     made = Brush(blocks=(1, 2), text="a.txt", learning_rate=0.125)
     again = with_settings(Brush, json.loads(json.dumps(made.to_dict())))
     assert again == made
+
+
+def test_types_are_written_as_a_person_writes_them():
+    assert [f.type for f in fields_of(Either)] == [
+        "int | tuple[int, ...]", "plain|memit | tuple[str, ...]", "float | None", "str | list[str]",
+    ]  # fmt: skip
+    with pytest.raises(SettingsError, match=r"contexts must be plain\|memit \| tuple\[str, \.\.\.\]; got 'rome'"):
+        Either(contexts="rome")
 
 
 # Flags.
@@ -153,6 +171,24 @@ def test_flags_make_settings(words, expected):
 
 
 @pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--blocks 3", {"blocks": 3}),
+        ("--blocks 3,4", {"blocks": (3, 4)}),
+        ("--blocks [3]", {"blocks": (3,)}),
+        ("--contexts plain", {"contexts": "plain"}),
+        ("--contexts one,two", {"contexts": ("one", "two")}),
+        ("--contexts [one]", {"contexts": ("one",)}),
+        ("--limit 0.5", {"limit": 0.5}),
+        ("--limit null", {"limit": None}),
+        ("--names 2024", {"names": "2024"}),
+    ],
+)
+def test_flags_of_settings_of_more_than_one_type(words, expected):
+    assert from_flags(Either, words.split()) == Either(**expected)
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         ("4", "'4' is not a flag"),
@@ -169,7 +205,7 @@ def test_flags_make_settings(words, expected):
         ("--n-strokes 4,5", "n_strokes must be int"),
         ("--blocks a,b", "blocks must be tuple[int, ...]"),
         ("--learning-rate [", "learning_rate must be float"),
-        ("--metric euclid", "identity | covariance"),
+        ("--metric euclid", "identity|covariance"),
     ],
 )
 def test_wrong_flags_say_what_is_wrong(words, message):

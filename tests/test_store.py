@@ -367,6 +367,39 @@ def test_an_empty_folder_and_a_link_to_a_place_are_filled(tmp_path):
     assert state(tmp_path / "empty") == state(tmp_path / "link") == "B"
 
 
+def test_nothing_is_written_inside_a_saved_folder(tmp_path):
+    store.write_folder(tmp_path / "saved", A)
+    inside = tmp_path / "saved" / "deep" / "er"
+    writers = [
+        lambda: store.write_folder(inside, B),
+        lambda: store.writing(inside).__enter__(),
+        lambda: store.write_folder(tmp_path / "saved" / "sub", B),
+        lambda: store.write_json_atomic(inside / "x.json", {}),
+        lambda: store.save_tensors(tmp_path / "saved" / "x.safetensors", {}),
+    ]
+    for write in writers:
+        with pytest.raises(StoreError, match=rf"lies inside {tmp_path}/saved, .* Choose a place outside of it\."):
+            write()
+    assert state(tmp_path / "saved") == "A"
+    assert names_in(tmp_path) == ["saved"]
+    (tmp_path / "link").symlink_to(tmp_path / "saved" / "sub")
+    with pytest.raises(StoreError, match="lies inside"):
+        store.refuse_inside(tmp_path / "link" / "x")
+    manifest = tmp_path / "saved" / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": store.FORMAT + 1}))
+    with pytest.raises(StoreError, match="lies inside"):
+        store.refuse_inside(inside)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"name": "a page", "version": "1"}'])
+def test_a_folder_with_a_manifest_of_others_takes_what_is_written_into_it(tmp_path, text):
+    (tmp_path / "manifest.json").write_text(text)
+    store.write_folder(tmp_path / "saved", A)
+    assert state(tmp_path / "saved") == "A"
+    store.write_folder(tmp_path / "saved", B)  # and a saved folder itself gives way
+    assert state(tmp_path / "saved") == "B"
+
+
 def test_a_known_size_that_does_not_fit_is_refused_before_the_body_runs(tmp_path):
     with pytest.raises(StoreError, match=r"nothing was written"), store.writing(tmp_path / "x", need_bytes=10**18):
         raise AssertionError("the body ran")

@@ -8,7 +8,7 @@ RetouchError                     1
 │   ├── ModelError                   the model cannot be opened or is not supported
 │   └── StoreError                   a saved folder is damaged, incomplete, hostile, or cannot be written
 │       └── WrongBase                a change was planned for another model
-├── BoundRefused                 3   the certificate exceeds the stated limit
+├── BoundRefused                 3   the certificate exceeds the stated limit, or nothing keeps within it
 ├── SolveError                   1   a linear system is singular or ill-conditioned
 └── NoEffect                     1   a change was applied and the model did not become what was planned
 """
@@ -71,7 +71,7 @@ class WrongBase(StoreError):
 
 
 class BoundRefused(RetouchError):
-    """The certified harm exceeds the limit that was asked for."""
+    """The certified harm exceeds the limit that was asked for, or nothing was found that keeps within it."""
 
     exit_code = 3
 

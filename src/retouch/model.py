@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-__all__ = ["BUNDLED", "Bundled", "Model", "open_model", "wrap"]
+__all__ = ["BUNDLED", "Bundled", "Model", "open_model", "quiet", "wrap"]
 
 _NOT_SHAPE = {
     "_name_or_path", "name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache",
@@ -170,7 +170,7 @@ class Model:
         network = self.network
         if dtype != "float32":
             network = copy.deepcopy(network).to(getattr(torch, dtype))
-        with _quiet():
+        with quiet():
             network.save_pretrained(folder)  # type: ignore[operator]
             self.tokenizer.save_pretrained(folder)
 
@@ -260,7 +260,7 @@ def _dequantise(path: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     report(f"Reading the tokenizer of {path.name}", 0, None)
-    with _quiet(), _gguf_progress(path.name):
+    with quiet(), _gguf_progress(path.name):
         try:
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
             network = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
@@ -293,6 +293,11 @@ def _gguf_progress(name: str) -> Iterator[None]:
 def _open_folder(path: Path, name: str, device: str | None) -> Model:
     if not (path / "config.json").is_file():
         raise ModelError(f"{name}: the folder has no config.json, so it is not a Hugging Face model.")
+    if store.read_json(path / "config.json").get("model_type") == "retouch_slim":
+        raise ModelError(
+            f"{name} is a slim classifier. Let it answer with: retouch slim {path} --predict FILE, or open it with "
+            "retouch.slim.predict.open_classifier."
+        )
     weights = list(path.glob("*.safetensors"))
     pickles = [p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
     if not weights:
@@ -315,7 +320,7 @@ def _load(path: str, name: str, device: str | None) -> Model:
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
     try:
-        with _quiet():
+        with quiet():
             config = AutoConfig.from_pretrained(path)
             _refuse_quantised(config, name)
             anatomies.describe(config)  # an unknown family is refused before its weights are read
@@ -372,7 +377,7 @@ _quiet_lock = threading.RLock()
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep transformers' own bars and advice off the user's screen; errors still come as exceptions."""
     from transformers.utils import logging as hf
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import types
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
@@ -118,11 +119,11 @@ def _parse(text: str, kind: str) -> Any:
     """Read a flag's value as its field's type wants it: a path of digits stays text, one block is a list of one."""
     import yaml
 
-    if kind == "str" or " | " in kind:
+    kinds = [k for k in kind.split(" | ") if not k.startswith("tuple[")]
+    is_list = text.startswith("[") or "," in text or not kinds
+    if not (is_list and "tuple[" in kind) and not {*kinds} <= _NUMBERS:  # text, or one of the choices
         return text
-    if "tuple" in kind and not text.startswith("["):
-        if "Literal" in kind and "," not in text:
-            return text
+    if is_list and "tuple[" in kind and not text.startswith("["):
         text = f"[{text}]"
     try:
         value = yaml.safe_load(text)
@@ -134,6 +135,9 @@ def _parse(text: str, kind: str) -> Any:
         except ValueError:
             return value
     return value
+
+
+_NUMBERS = {"int", "float", "bool", "None"}
 
 
 @functools.cache
@@ -175,9 +179,16 @@ def _name(cls: type[Settings]) -> str:
 
 
 def _type_name(hint: Any) -> str:
-    if typing.get_origin(hint) is typing.Literal:
-        return " | ".join(map(str, typing.get_args(hint)))
-    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")
+    """Write a type as a person does: ``int | tuple[int, ...]``; choices as ``a|b|c``."""
+    origin, inside = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return "|".join(map(str, inside))
+    names = ["..." if part is ... else _type_name(part) for part in inside]
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(names)
+    if names:
+        return f"{origin.__name__}[{', '.join(names)}]"
+    return "None" if hint is type(None) else str(getattr(hint, "__name__", hint))
 
 
 def _plain(value: Any) -> Any:

@@ -40,6 +40,7 @@ __all__ = [
     "load_tensors",
     "read_json",
     "recover",
+    "refuse_inside",
     "save_tensors",
     "sha256_file",
     "write_folder",
@@ -145,9 +146,11 @@ def writing(path: str | Path, *, replace: bool = True, need_bytes: int = 0) -> I
         need_bytes: Size of what will be written in bytes, if known: checked before anything is written.
 
     Raises:
-        StoreError: The place is taken by something else, cannot be written, or the disk is full.
+        StoreError: The place is taken by something else, lies inside a saved folder, cannot be written, or the disk is
+            full.
     """
     target = _real(path)
+    refuse_inside(target)
     with _locked(target) as alone, _replacing(target, alone, replace, need_bytes) as folder:
         yield folder
 
@@ -176,6 +179,30 @@ def write_folder(
                 (folder / name).write_bytes(item)
             else:
                 item(folder / name)
+
+
+def refuse_inside(path: str | Path) -> None:
+    """Refuse a place inside a folder that Retouch saved: with anything more in it, that folder is damaged.
+
+    All writers ask; ask first where there is work to do before something is written.
+
+    Raises:
+        StoreError: It lies inside such a folder.
+    """
+    target = _real(path)
+    for folder in target.parents:
+        if _is_saved(folder):
+            raise StoreError(
+                f"{target} lies inside {folder}, a folder that Retouch saved and that must stay as it is. "
+                "Choose a place outside of it."
+            )
+
+
+def _is_saved(folder: Path) -> bool:
+    with suppress(StoreError, OSError):
+        manifest = read_json(folder / _MANIFEST)  # also one of a later format
+        return isinstance(manifest, dict) and {"format", "files"} <= manifest.keys()
+    return False
 
 
 @contextmanager
@@ -620,6 +647,7 @@ def _numeric_archive(file: Any) -> bool:
 def _new_file(path: str | Path, need_bytes: int = 0) -> Iterator[Path]:
     """Give the name of a file to write; when the ``with`` ends well, it takes the place of `path` in one step."""
     target = _real(path)
+    refuse_inside(target)
     if target.is_dir():
         raise StoreError(f"{target} is a folder, and a file is to be written there. Choose another name.")
     with _named(target):

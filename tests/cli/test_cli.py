@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -61,13 +62,13 @@ def retouch(monkeypatch, capsys):
 
 @pytest.fixture
 def refused(retouch):
-    """Run a command that is to fail: nothing on stdout, one error on stderr."""
+    """Run a command that is to fail: nothing on stdout, one error on stderr, after what it warned of."""
 
     def run(*words, code=2):
         said = retouch(*words)
         assert said.code == code, said
         assert said.out == ""
-        assert said.err.startswith("error: ")
+        assert re.match(r"(warning: .*\n)*error: ", said.err), said
         return said.err
 
     return run
@@ -248,7 +249,7 @@ def test_a_filled_prompt_and_a_setting_with_an_equals_sign(done, base, tmp_path)
         ((*FACT, "--n-stepz", "3"), "Method 'rome' has no setting 'n_stepz'. Did you mean 'n_steps'?"),
         ((*FACT, "--n-steps", "0"), "Method 'rome': n_steps must be int >= 1 and <= 1000; got 0."),
         ((*FACT, "--learning-rate", "fast"), "learning_rate must be float > 0; got 'fast'."),
-        ((*FACT, "--metric", "euclid"), "metric must be identity | covariance; got 'euclid'."),
+        ((*FACT, "--metric", "euclid"), "metric must be identity|covariance; got 'euclid'."),
         ((*FACT, "--block", "9"), "this model has blocks 0 to 1; got 9."),
         ((*FACT, "stray"), "'stray' is not a flag. Settings are written as --name value."),
         ((*FACT, "--max-harm", "0"), "--max-harm must lie between 0 and 1; got 0."),
@@ -274,7 +275,7 @@ def test_a_filled_prompt_and_a_setting_with_an_equals_sign(done, base, tmp_path)
         ((*FACT, "--method", "top", "--offset", "5"), "top: offset must lead to a later block of this model (0 to 1)"),
         (
             (*FACT, "--method", "rose", "--integrate", "average"),
-            "integrate must be minnorm | mean | sum | joint | tree",
+            "integrate must be minnorm|mean|sum|joint|tree",
         ),
         ((*FACT, "--method", "alphaedit", "--energy", "2"), "energy must be float > 0 and <= 1; got 2."),
         ((*FACT, "--method", "ft-l", "--max-change", "-1"), "max_change must be float >= 0; got -1."),
@@ -417,6 +418,39 @@ def test_a_refusal_has_its_own_exit_code_and_saves_nothing(refused, base, tmp_pa
     assert not (tmp_path / "lyon").exists()
 
 
+def test_a_limit_that_no_step_keeps_is_refused_too(refused, base, tmp_path):
+    quick = ("--method", "rome", "--n-steps", "3", "--contexts", "plain", "--n-bystanders", "2")
+    says = refused("edit", base, *FACT, *quick, "-o", tmp_path / "lyon", "--max-harm", "1e-9", code=3)
+    assert "No step of the search for 'is Lyon'" in says and "the limit of max_harm" in says
+    assert not (tmp_path / "lyon").exists()
+
+
+def test_nothing_is_written_inside_a_saved_folder(refused, carrying, change, facts, monkeypatch):
+    before = sorted(carrying.rglob("*"))
+    for words in (
+        ("apply", "no-such-model", change, "-o", carrying / "sub"),  # refused before the model is opened
+        ("edit", "no-such-model", *FACT, "-o", carrying / "sub"),
+        ("edit", "no-such-model", *FACT, "--sequence", "-o", carrying / "ledger" / "sub"),
+        ("undo", "no-such-model", 1, "-o", change / "sub"),
+        ("bench", "edit", "--data", facts, "--model", "no-such-model", "--json", carrying / "b.json"),
+        ("locate", "no-such-model", *FACT, "--report", carrying / "page.html"),
+        ("demo", "--model", "no-such-model", "-o", carrying),
+    ):
+        assert "that Retouch saved and that must stay as it is. Choose a place outside" in refused(*words)
+    monkeypatch.chdir(carrying)  # where a change without -o would be saved
+    assert f"lies inside {carrying}" in refused("edit", "no-such-model", *FACT)
+    assert sorted(carrying.rglob("*")) == before
+    assert not (change / "sub").exists()
+
+
+def test_what_several_steps_warn_of_is_told_once(done, base, tmp_path):
+    fact = ("--prompt", "The capital of France", "--target", "is Lyon")
+    said = done("edit", base, *fact, "--method", "rets", "--n-steps", "4", "-o", tmp_path / "a", "--max-harm", "0.999")
+    assert said.err.count("Facts without a subject add general prompts only.") == 1
+    again = done("edit", base, *fact, "--method", "rets", "--n-steps", "4", "-o", tmp_path / "a")
+    assert again.err.count("Facts without a subject add general prompts only.") == 1  # the next command tells it, too
+
+
 # Models that cannot be opened
 
 
@@ -453,7 +487,9 @@ def test_a_family_that_is_not_described_is_refused(refused, tiny, base, tmp_path
     folder = shutil.copytree(base, tmp_path / "mixture")
     config = json.loads((folder / "config.json").read_text()) | {"model_type": "mixtral", "num_local_experts": 4}
     (folder / "config.json").write_text(json.dumps(config | {"architectures": ["MixtralForCausalLM"]}))
-    assert "No model family is called 'mixtral'." in refused("edit", folder, *FACT)
+    says = refused("edit", folder, *FACT)
+    assert "No table describes the model family 'mixtral'. Described: " in says
+    assert "To describe it, copy the nearest table" in says and "Did you mean" not in says
 
 
 def test_a_folder_without_a_model_says_so(refused, tmp_path):
@@ -868,7 +904,8 @@ def test_locate_and_diagnose_of_an_encoder(refused, bert):
 
 def test_locate_and_diagnose_for_programs_and_people(done, base, change):
     found = done("locate", base, *FACT, "--samples", 1, "--json").json
-    assert {"model", "causal_trace", "attribute_rate", "knock_outs", "left_out"} == set(found)
+    known = {"model", "causal_trace", "attribute_rate", "no_attribute_rate", "knock_outs", "left_out"}
+    assert known == set(found)
     told = done("diagnose", base, *FACT, "--change", change, "--what", "drift", "--json").json
     assert (told["method"], told["block"]) == ("ft_m", 1)
     assert "Diagnosis of" in done("diagnose", base, *FACT, "--what", "drift").out
@@ -883,7 +920,8 @@ def test_an_encoder_cannot_be_asked(refused, bert):
 
 def test_methods_lists_all_of_them_and_one_with_its_settings(done):
     names = {e.name for e in registry.methods("edit")}
-    assert {row["name"] for row in done("methods", "--json").json} == names
+    every = {(e.verb, e.name) for verb in registry.BASES for e in registry.methods(verb)}
+    assert {(row["verb"], row["name"]) for row in done("methods", "--json").json} == every
     assert {row["name"] for row in done("methods", "edit", "--json").json} == names
     text = done("methods").out
     assert all(name in text for name in names)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from retouch import apply, edit_facts, plan
+from retouch import apply, edit_facts, plan, registry
 from retouch.bound import certify
 from retouch.change import Dense
 from retouch.edit.api import check_effect
@@ -143,6 +143,28 @@ def test_a_limit_that_is_none_is_refused_before_any_work(llama, monkeypatch, lim
     monkeypatch.setattr(FtM, "plan", work)
     with pytest.raises(UserError, match="must"):
         edit_facts(llama, [FACT], FtM(**QUICK), max_harm=limit, confidence=confidence)
+
+
+@pytest.mark.parametrize("facts", [[FACT], [OTHER, FACT], [FACT, Fact("The currency of {}", "France", "is gold")]])
+@pytest.mark.parametrize("method", ["rome", "memit", "rose", "top"])
+def test_a_limit_that_no_step_of_the_search_keeps_refuses_the_change(llama, method, facts):
+    settings = {"n_steps": 4, "contexts": "plain", "n_bystanders": 4}
+    more = {"memit": {"metric": "identity"}, "rose": {"n_refine": 3}, "top": {"n_steps_subject": 4}}
+    chosen = registry.make("edit", method, **settings, **more.get(method, {}))
+    with pytest.raises(BoundRefused) as caught:
+        edit_facts(llama, facts, chosen, max_harm=1e-9)
+    assert caught.value.exit_code == 3
+    said = str(caught.value)
+    assert f"No step of the search for {facts[0].target!r} after {facts[0].filled!r} kept the drift" in said
+    assert "within 1e-09 nats, the limit of max_harm." in said
+    assert "Allow a higher max_harm" in said
+
+
+def test_the_limit_of_the_search_alone_is_named_by_its_setting(llama):
+    with pytest.raises(BoundRefused, match=r"within 1e-09 nats, the limit of max_drift\. .* Allow a higher max_drift"):
+        edit_facts(llama, [FACT], "rome", **ROME, max_drift=1e-9, n_bystanders=4)
+    done = edit_facts(llama, [FACT], "rome", **ROME, max_drift=1e6, n_bystanders=4)
+    assert "stopped" not in done.change.notes["facts"][0]
 
 
 def test_groups_leave_out_what_is_edited_and_what_names_its_subject(llama):

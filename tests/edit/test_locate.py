@@ -384,9 +384,14 @@ def test_a_location_without_attributes_keeps_its_maps(llama):
     found = locate(llama, [Fact(known.prompt, known.subject, known.target, "the")], attributes=["the"], n_samples=2)
     assert found.rate is None
     assert len(found.maps) == 1
-    assert "begins with more than a stop word" in found.left_out[0]
-    assert json.loads(json.dumps(found.to_dict()))["attribute_rate"] is None
-    assert len(found.report(pictures=False).tables) == 1
+    assert "begins with more than a stop word" in found.no_rate
+    assert found.left_out == ()
+    numbers = json.loads(json.dumps(found.to_dict()))
+    assert (numbers["attribute_rate"], numbers["no_attribute_rate"]) == (None, found.no_rate)
+    made = found.report(pictures=False)
+    assert len(made.tables) == 1
+    assert made.title.endswith("recalls 1 facts") and made.summary.startswith("1 of 1 facts were traced.")
+    assert made.notes == (f"No attribute rate: {found.no_rate}",)
 
 
 def test_a_heat_map_has_a_colour_for_every_number_but_zero():

@@ -181,6 +181,31 @@ def test_faithful_takes_the_published_weight():
     assert method.moment_weight == 15000 and method.blocks == (3, 4, 5, 6, 7, 8)
 
 
+def sized(vocab_size, config=transformers.LlamaConfig):
+    return SimpleNamespace(anatomy=describe(config(num_hidden_layers=32, hidden_size=4096, vocab_size=vocab_size)))
+
+
+def test_each_of_two_models_of_one_size_has_the_row_published_for_it(caplog):
+    two, three = (Memit(faithful=True).as_published(sized(n)) for n in (32_000, 128_256))
+    assert (two.learning_rate, two.weight_decay, two.clamp) == (0.5, 0.001, 4.0)  # Llama-2
+    assert (three.learning_rate, three.weight_decay, three.clamp) == (0.1, 0.5, 0.75)  # Llama-3
+    assert two.blocks == three.blocks == (4, 5, 6, 7, 8)
+    assert not caplog.records
+
+
+def test_a_model_of_that_size_without_a_row_keeps_the_defaults_and_says_so(caplog):
+    model = sized(32_016)
+    method = Memit(faithful=True)
+    assert method.as_published(model) == method
+    (record,) = caplog.records
+    assert record.getMessage().startswith(
+        "memit: no settings were published for this model (llama, 32 blocks of width 4096, vocabulary 32016)"
+    )
+    caplog.clear()
+    assert Memit().as_published(model) == Memit()  # nobody asked for what was published
+    assert not caplog.records
+
+
 def test_a_fact_without_a_subject_is_refused(llama):
     with pytest.raises(FactError, match="has no subject"):
         Memit(**QUICK).plan(llama, [*FACTS, Fact("The currency of Japan is the", "", "franc")])

@@ -183,3 +183,15 @@ def test_faithful_takes_the_published_row_but_not_over_a_setting_of_ones_own():
     method = Rome(faithful=True, clamp=2.0).as_published(model)
     assert (method.block, method.metric, method.clamp) == (8, "covariance", 2.0)
     assert Rome(clamp=2.0).as_published(model) == Rome(clamp=2.0)
+
+
+@pytest.mark.parametrize(
+    ("config", "vocab_size", "block"),
+    [
+        (transformers.LlamaConfig, 32_000, 5), (transformers.LlamaConfig, 128_256, 5),
+        (transformers.LlamaConfig, 32_016, -1), (transformers.MistralConfig, 32_768, -1),
+    ],
+)  # fmt: skip
+def test_a_published_row_is_for_its_own_models_only(config, vocab_size, block):
+    sizes = config(num_hidden_layers=32, hidden_size=4096, vocab_size=vocab_size)
+    assert Rome(faithful=True).as_published(SimpleNamespace(anatomy=describe(sizes))).block == block

@@ -385,6 +385,15 @@ def test_a_start_is_held_by_its_pull_and_given_its_reach(llama):
         assert value.delta.norm() <= 0.8 * reach * value.initial.norm() * (1 + 1e-5)
 
 
+def test_a_start_is_no_longer_than_the_clamp_even_without_a_step(llama):
+    method = Rome(n_steps=1, clamp=0.8)
+    begin = torch.randn(2, 32, generator=torch.Generator().manual_seed(0)) * torch.tensor([[100.0], [1e-3]])
+    reach = torch.tensor([2.0, 1.0])
+    long, short = optimise(llama, find(llama)[:2], 1, "down", method, start=Start(begin, reach))
+    assert float(long.delta.norm()) == pytest.approx(0.8 * 2 * float(long.initial.norm()), rel=1e-5)
+    assert torch.equal(short.delta, begin[1])
+
+
 def test_a_group_does_not_see_how_badly_another_one_fares(llama):
     found = find(llama, [*SAME, FACTS[1], FACTS[3]])
     search = Search(llama, found, 1, "down", Rome(), groups=[[0, 1, 2], [3, 4]])

@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from ..errors import ModelError, unknown
+from .._undescribed import undescribed
+from ..errors import ModelError
 
 __all__ = ["axes_of", "table_of", "tables"]
 
@@ -36,12 +37,7 @@ def table_of(config: Any) -> dict[str, Any]:
     family = getattr(config, "model_type", None) or ""
     known = tables()
     if family not in known:
-        raise ModelError(
-            f"{unknown('model family', family, known)} To describe it, copy the nearest table, e.g. "
-            f"{Path(__file__).parent / 'llama.yaml'}, into a folder of your own as {family or 'NAME'}.yaml, set its "
-            f"model_types to [{family or 'NAME'}], correct its paths, and set RETOUCH_ANATOMY to that folder. "
-            "A dummy batch proves the table whenever a model is opened."
-        )
+        raise undescribed(family, known)
     return known[family]
 
 

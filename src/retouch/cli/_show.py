@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import sys
 import time
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["console", "emit", "progress", "say", "table", "writable"]
+__all__ = ["console", "emit", "progress", "say", "table", "warnings", "writable"]
 
 
 def console() -> Console:
@@ -67,15 +68,17 @@ def writable(flag: str, path: Path | None, *needed: str) -> None:
         needed: Packages that draw it.
 
     Raises:
-        UserError: It is a folder, stands in none, or a package is not installed.
+        UserError: It is a folder, stands in none or in one that Retouch saved, or a package is not installed.
     """
     from .._pictures import need
     from ..errors import UserError
+    from ..store import refuse_inside
 
     if path is None:
         return
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise UserError(f"{flag} {path} must be a file in a folder that exists.")
+    refuse_inside(path)
     for package in needed:
         need(package)
 
@@ -117,6 +120,31 @@ def progress() -> Iterator[None]:
         return
     with listen(_Lines()):
         yield
+
+
+@contextmanager
+def warnings() -> Iterator[None]:
+    """Tell the library's warnings inside the ``with`` on stderr; several steps may warn of one thing: once."""
+    logger, handler = logging.getLogger("retouch"), _Once(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+class _Once(logging.Handler):
+    """Each sentence once."""
+
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self.told: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        sentence = record.getMessage()
+        if sentence not in self.told:
+            self.told.add(sentence)
+            sys.stderr.write(f"warning: {sentence}\n")
 
 
 class _Lines:

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from . import _show
 from ._facts import asked_facts
-
-if TYPE_CHECKING:
-    from ..edit.base import EditMethod
+from ._settings import EXTRA, method_of
 
 __all__ = ["add_to"]
-
-EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 def add_to(app: typer.Typer) -> None:
@@ -61,10 +56,12 @@ def edit(
     """
     from .. import registry
     from ..errors import UserError
+    from ..store import refuse_inside
 
-    chosen = _method(context, registry.load("edit", method))
+    chosen = method_of(context, registry.load("edit", method))
     wanted = asked_facts(prompt, subject, target, truth, facts)
     _check(max_harm, confidence)
+    refuse_inside(out or Path("change"))
     for_sequence = {"batch": batch, "max-perplexity": max_perplexity, "every": every, "html": html, "png": png}
     if sequence:
         if max_harm is not None or out is None:
@@ -111,20 +108,6 @@ def _p(nll: float) -> str:
     import math
 
     return f"{math.exp(-nll):.2g}"
-
-
-def _method(context: typer.Context, cls: type[EditMethod]) -> EditMethod:
-    """Make the method of the words that are no option of the command: they are its settings."""
-    from ..errors import UserError
-    from ..settings import fields_of, from_flags
-
-    settings = {f"--{f.name.replace('_', '-')}" for f in fields_of(cls)}
-    options = [o for p in context.command.params for o in p.opts if o.startswith("--")]
-    for word in (w.partition("=")[0].replace("_", "-") for w in context.args):
-        is_setting = not word.startswith("--") or difflib.get_close_matches(word, settings, 1, 0.8)
-        if not is_setting and (near := difflib.get_close_matches(word, options, 1, 0.8)):
-            raise UserError(f"There is no option {word}. Did you mean {near[0]}?")
-    return from_flags(cls, context.args)
 
 
 def _check(max_harm: float | None, confidence: float | None) -> None:

@@ -43,7 +43,9 @@ def apply(
     from ..edit.facts import Fact
     from ..errors import UserError
     from ..ledger import open_ledger, save_ledger, survival
+    from ..store import refuse_inside
 
+    refuse_inside(out)
     if superseded not in (None, "replace", "stack"):
         raise UserError(f"--superseded is replace or stack; got {superseded!r}.")
     policy: Any = superseded
@@ -78,7 +80,9 @@ def undo(
 ) -> None:
     """Take one change, or one fact of it, out of a model, bit for bit, in any order."""
     from ..ledger import open_ledger, read_log, save_ledger
+    from ..store import refuse_inside
 
+    refuse_inside(out or model)
     read_log(model)  # no folder, or no model of ours: said before anything is opened
     with _show.progress():
         ledger = open_ledger(str(model)).undo(number, fact)

@@ -9,7 +9,7 @@ from typing import Any
 from .. import registry
 from ..bound import certify
 from ..change import Change, with_report
-from ..errors import NoEffect
+from ..errors import BoundRefused, NoEffect
 from ..ledger import Ledger
 from ..measure import answers, watched
 from ..model import Model
@@ -17,6 +17,7 @@ from ..tokens import Text
 from .base import EditMethod, ValueEditMethod
 from .facts import Fact
 from .harm import Harm, bystanders, measure_harm
+from .neighbors import stopped
 from .sequence import plan_next
 
 __all__ = ["Edited", "check_effect", "edit_facts", "plan"]
@@ -100,7 +101,7 @@ def edit_facts(
 
     Raises:
         UserError: The limit or the confidence is no number that is allowed.
-        BoundRefused: The certified harm exceeds the limit.
+        BoundRefused: The certified harm exceeds the limit, or the search found no step within it.
         NoEffect: The edit did not do what was planned.
     """
     if max_harm is not None:
@@ -111,6 +112,7 @@ def edit_facts(
     before = model if isinstance(model, Ledger) else Ledger(model)
     with watched() as cost:
         below, change = plan_next(before, facts, chosen)
+    _refuse_stopped(change, chosen, max_harm)
     edited = below.apply(change).model
     effect = check_effect(before.model, edited, facts)
     harm = None
@@ -125,3 +127,17 @@ def edit_facts(
         report["harm"] = harm.to_dict()
         harm.require()
     return Edited(edited, with_report(change, report), effect, harm)
+
+
+def _refuse_stopped(change: Change, method: EditMethod, max_harm: float | None) -> None:
+    """Refuse a change in which the search's limit left a fact without a value."""
+    if not (without := stopped(change)):
+        return
+    assert isinstance(method, ValueEditMethod)  # no other search has a limit
+    fact, limit = Fact.from_dict(without[0]), method.max_drift
+    name = "max_harm" if limit == max_harm else "max_drift"
+    raise BoundRefused(
+        f"No step of the search for {fact.target!r} after {fact.filled!r} kept the drift of neighbouring prompts within "
+        f"{limit:g} nats, the limit of {name}. The change is refused. Allow a higher {name}, or choose another method or "
+        "block."
+    )

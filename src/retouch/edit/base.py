@@ -6,6 +6,7 @@ nothing. A new one needs its file, its test and a line in the changelog.
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -41,6 +42,7 @@ __all__ = [
 
 MetricName = Literal["identity", "covariance"]
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -95,10 +97,19 @@ class EditMethod(Settings, ABC):
         return self
 
     def as_published(self, model: Model) -> Any:
-        """Return this method with the published settings of this model's row, under ``faithful``."""
+        """Return this method with the published settings of this model's row, under ``faithful``.
+
+        Where settings were published for other models only, the method's own stay, and a warning says so.
+        """
         if not self.faithful:
             return self
         row = published(self.name, model.anatomy)
+        if not row and self.name in _published():
+            a = model.anatomy
+            _log.warning(
+                "%s: no settings were published for this model (%s, %d blocks of width %d, vocabulary %d): its own stand, "
+                "the block by the depth.", self.name, a.family, a.n_blocks, a.d_model, a.vocab_size,
+            )  # fmt: skip
         fields = type(self).__dataclass_fields__
         untouched = {k: v for k, v in row.items() if k in fields and getattr(self, k) == fields[k].default}
         return replace(self, **untouched)
@@ -204,9 +215,11 @@ def _published() -> dict[str, list[dict[str, Any]]]:
 
 
 def published(method: str, anatomy: Anatomy) -> dict[str, Any]:
-    """Return the published settings for a model of this family, depth and width; empty when there are none."""
+    """Return the settings published for this model, known by family, size and vocabulary; empty when there are none."""
     for row in _published().get(method, []):
-        if anatomy.family in row["families"] and (anatomy.n_blocks, anatomy.d_model) == tuple(row["size"]):
+        same_size = (anatomy.n_blocks, anatomy.d_model) == tuple(row["size"])
+        same_words = anatomy.vocab_size in row.get("vocab_size", [anatomy.vocab_size])
+        if anatomy.family in row["families"] and same_size and same_words:
             return dict(row["settings"])
     return {}
 

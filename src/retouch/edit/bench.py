@@ -17,7 +17,7 @@ from ..change import versions
 from ..errors import UserError
 from ..model import Model
 from ..progress import report
-from ..settings import from_flags
+from ..settings import fields_of, from_flags
 from ._records import Plan, Work
 from .base import EditMethod
 from .evaluate import known
@@ -54,21 +54,28 @@ class Bench:
 
 
 def parse_methods(text: str, seed: int = 0) -> dict[str, EditMethod]:
-    """Read ``rome,memit:metric=identity:n_steps=10`` as methods with settings.
+    """Read ``rome,memit:metric=identity:blocks=3+4+5`` as methods with settings; ``+`` joins the parts of a tuple.
 
     Raises:
         UnknownName: No such method.
         SettingsError: A setting is unknown or not allowed.
     """
-    methods = {}
+    methods: dict[str, EditMethod] = {}
     for item in filter(None, (t.strip() for t in text.split(","))):
         name, *settings = item.split(":")
+        if methods and name.isdecimal():
+            raise UserError(f"{name!r} is no method. In a setting of several parts write + between them: blocks=3+4+5.")
         cls = registry.load("edit", name)
-        flags = [f"--{s}" for s in settings]
+        tuples = {f.name for f in fields_of(cls) if f.type.startswith("tuple[")}
+        flags = [f"--{s.replace('+', ',') if _setting(s) in tuples else s}" for s in settings]
         methods[item] = from_flags(cls, ["--seed", str(seed), *flags])
     if not methods:
         raise UserError("No method was named. See: retouch methods edit")
     return methods
+
+
+def _setting(text: str) -> str:
+    return text.partition("=")[0].replace("-", "_")
 
 
 def known_facts(model: Model, facts: Sequence[Fact], n: int) -> list[Fact]:

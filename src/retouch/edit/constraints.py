@@ -91,7 +91,7 @@ def for_facts(
     first = _own(own, guard)
     about = [fact for fact in facts if fact.subject]
     if len(about) < len(facts):
-        _log.warning("%d facts without a subject: they add general prompts only.", len(facts) - len(about))
+        _log.warning("Facts without a subject add general prompts only.")
     rest = max(0, n - len(first))
     take = partial(_take, guard=guard, seen={fold(c.prompt) for c in first})
     sources = [_same_subject(fact, about, seed) for fact in about] if half == "plan" else []

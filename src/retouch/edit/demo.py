@@ -18,6 +18,7 @@ from ..measure import continuations, next_logp, watched
 from ..model import Model
 from ..progress import report as tell
 from ..report import Report, Table, plot_drift, plot_ranks, plot_where, write_html
+from ..store import refuse_inside
 from ..tokens import Text, encode
 from . import facts as samples
 from .api import check_effect
@@ -63,6 +64,7 @@ def tour(source: str, out: Path, *, n: int = 8, max_harm: float = 0.05) -> Repor
     every = samples.demo()
     if not 1 <= n <= len(every):
         raise UserError(f"The demo has {len(every)} facts; --n must lie between 1 and that, got {n}.")
+    refuse_inside(out / "model")
     facts, asked = every[:n], every[: max(n, 12)]
     base = open_ledger(source)
     before = continuations(base.model, [f.filled for f in asked], 8)

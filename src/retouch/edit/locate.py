@@ -165,6 +165,7 @@ class Location:
         left_out: Why the others have none.
         rate: Attribute rate after each block; None where no attribute can be told from a stop word.
         knocked: Attribute rate lost by knock-outs.
+        no_rate: Why there is no attribute rate; empty where there is one.
     """
 
     model: str
@@ -172,6 +173,7 @@ class Location:
     left_out: tuple[str, ...]
     rate: AttributeRate | None
     knocked: tuple[KnockOut, ...] = ()
+    no_rate: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the numbers for programs."""
@@ -181,6 +183,7 @@ class Location:
             "left_out": list(self.left_out),
             "attribute_rate": None if self.rate is None else self.rate.to_dict(),
             "knock_outs": [k.to_dict() for k in self.knocked],
+            "no_attribute_rate": self.no_rate or None,
         }
 
     def tables(self) -> list[Table]:
@@ -228,21 +231,22 @@ class Location:
 
     def report(self, *, pictures: bool = True) -> Report:
         """Make a report of everything; the pictures need the extra ``plot``."""
-        at = None if self.rate is None else self.rate.block
+        n, at = len(self.maps) + len(self.left_out), None if self.rate is None else self.rate.block
         block = (
             "There is no attribute rate to choose a block by."
             if at is None
             else f"RETS's block by the attribute rate: {at}."
         )
+        why = [f"No attribute rate: {self.no_rate}"] if self.no_rate else []
         few = [f"Only the first {_MAPS} of {len(self.maps)} maps are drawn."] if len(self.maps) > _MAPS else []
         return Report(
-            title=f"Where {self.model} recalls {len(self.maps) + len(self.left_out)} facts",
-            summary=f"{len(self.maps)} of {len(self.maps) + len(self.left_out)} facts were traced. {block}",
+            title=f"Where {self.model} recalls {n} facts",
+            summary=f"{len(self.maps)} of {n} facts were traced. {block}",
             model=self.model,
             tables=tuple(self.tables()),
             pictures=tuple(self.pictures()) if pictures else (),
             numbers=self.to_dict(),
-            notes=(*(f"Left out: {why}" for why in self.left_out), *few),
+            notes=(*(f"Left out: {fact}" for fact in self.left_out), *why, *few),
         )
 
 
@@ -282,5 +286,5 @@ def locate(
         rate = attribute_rate(model, facts, attributes, bos=bos)
         knocked = knock_outs(model, facts, attributes, bos=bos)
     except FactError as error:  # the map does not need attributes
-        return Location(model.source, tuple(maps), (*left_out, f"attribute rate: {error}"), None)
+        return Location(model.source, tuple(maps), tuple(left_out), None, no_rate=str(error))
     return Location(model.source, tuple(maps), tuple(left_out), rate, tuple(knocked))

@@ -8,11 +8,13 @@ the search can see, and limit, what the finished write will do to it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import linalg
+from ..change import Change
 from ..model import Model
 from ..tokens import Text, encode
 from .base import ValueEditMethod
@@ -21,7 +23,7 @@ from .keys import mean_keys, read_all
 from .rows import Problem
 from .value import Bystander
 
-__all__ = ["alone", "neighbors"]
+__all__ = ["alone", "neighbors", "stopped"]
 
 
 def alone(keys: Tensor, metric: linalg.Metric) -> Tensor:
@@ -32,6 +34,11 @@ def alone(keys: Tensor, metric: linalg.Metric) -> Tensor:
     """
     x = metric.apply_inverse(keys.double())
     return x / (keys.double() * x).sum(0)
+
+
+def stopped(change: Change) -> list[Mapping[str, Any]]:
+    """Return the facts of a planned change for which the limit on drift left no value to write."""
+    return [fact for fact, told in zip(change.facts, change.notes.get("facts", ())) if told.get("stopped")]
 
 
 def neighbors(

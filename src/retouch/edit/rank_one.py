@@ -17,6 +17,7 @@ from .base import ValueEditMethod, down
 from .contexts import Context, contexts_for
 from .facts import Fact
 from .keys import keys_at, output_at
+from .neighbors import stopped
 from .rows import Problem
 from .value import Value
 
@@ -47,7 +48,7 @@ class RankOneMethod(ValueEditMethod):
         work, planned = model, list[Change]()
         for i, fact in enumerate(facts):
             planned += method.each(work, [fact], contexts, shared)
-            if i + 1 < len(facts):
+            if i + 1 < len(facts) and not stopped(planned[-1]):  # a write of nothing cannot be proved
                 work = apply(work, planned[-1])
         return join(self, model, facts, planned)
 

@@ -213,12 +213,18 @@ class _Merge:
         return self._refined(self.groups, torch.stack([ds[0] for ds in deltas]), self.s.n_refine, bystanders)
 
 
+_ROUNDING = 1e-6
+"""Least eta: values are float32, and their angles mean no more than this."""
+
+
 def least_norm(deltas: Tensor, eta: float = 1e-3) -> Tensor:
     """Return the shortest vector that says to every value what the value says to itself.
 
         d0 = D (D'D + eta diag(D'D))^-1 diag(D'D) 1
 
-    With eta = 0, <d0, d_i> = |d_i|^2 for all i: orthogonal values are summed, equal ones are not counted twice.
+    With eta = 0, <d0, d_i> = |d_i|^2 for all i: orthogonal values are summed, equal ones are not counted twice. Values
+    that are all but parallel ask different lengths of one direction, which only a far longer vector could satisfy: eta is
+    raised until d0 is no longer than all values together.
 
     Shapes:
         deltas D (d_model, n) -> (d_model,).
@@ -230,5 +236,9 @@ def least_norm(deltas: Tensor, eta: float = 1e-3) -> Tensor:
     d = deltas.double()
     gram = d.T @ d
     lengths = gram.diagonal().clamp(min=1e-12)
-    weights: Tensor = torch.linalg.solve(gram + max(eta, 1e-12) * torch.diag(lengths), lengths)
-    return d @ weights
+    ridge = max(eta, _ROUNDING)
+    while True:
+        found: Tensor = d @ torch.linalg.solve(gram + ridge * torch.diag(lengths), lengths)
+        if not float(found.norm()) > float(lengths.sqrt().sum()):
+            return found
+        ridge *= 2

@@ -146,6 +146,9 @@ def run(
     _check(facts, batch_size, max_perplexity_ratio, every)
     step = every or max(batch_size, len(facts) // 10)
     own = Path(journal) if journal else (_beside(Path(out)) if out else None)
+    for place in (out, own):
+        if place is not None:
+            store.refuse_inside(place)
     key = store.key(
         start=ledger.model.fingerprint, lines=[c.id for c in ledger.active], facts=[f.to_dict() for f in facts],
         method=method.name, settings=method.to_dict(), batch=batch_size, ratio=float(max_perplexity_ratio), every=step,

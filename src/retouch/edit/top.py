@@ -16,7 +16,7 @@ from ..settings import setting
 from .base import MetricName, block_at, down, metrics, rule
 from .contexts import Context
 from .facts import Fact
-from .neighbors import neighbors
+from .neighbors import neighbors, stopped
 from .rank_one import RankOneMethod, join
 from .rows import Problem, problems
 from .value import Aim, Start, Value, optimise
@@ -91,6 +91,8 @@ class Top(RankOneMethod):
             work, steps = model, list[Change]()
             for block in blocks:
                 steps += self._block(work, [fact], contexts, shared, block)
+                if stopped(steps[-1]):
+                    break
                 work = apply(work, steps[-1])
             joined = join(self, model, [fact], steps)
             told = joined.notes["facts"]

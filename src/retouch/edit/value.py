@@ -41,6 +41,7 @@ class Value:
         reached: Every target token was the likeliest in every row.
         drift: Mean KL of the bystanders under the expected write, nats; None when there were none.
         distance: How far the aimed-at state was at the start and at the end, in its own lengths; None without an aim.
+        stopped: The limit on drift left no step but the one that changes nothing.
     """
 
     delta: Tensor
@@ -50,6 +51,7 @@ class Value:
     reached: bool
     drift: float | None = None
     distance: tuple[float, float] | None = None
+    stopped: bool = False
 
     @property
     def target(self) -> Tensor:
@@ -68,11 +70,13 @@ class Value:
             found["drift"] = self.drift
         if self.distance is not None:
             found["distance"] = list(self.distance)
+        if self.stopped:
+            found["stopped"] = True
         return found
 
 
 class Start(NamedTuple):
-    """Where a search starts, and how it is held there: mu |d - d0|^2 / |v|^2, |d| <= clamp * reach * |v|.
+    """Where a search starts, and how it is held there: mu |d - d0|^2 / |v|^2, |d0| and |d| <= clamp * reach * |v|.
 
     Shapes:
         delta (groups, d_model), reach (groups,).
@@ -199,12 +203,14 @@ def _descend(
     initial = search.initial
     n, length, device = len(initial), initial.norm(dim=1), initial.device
     reach = torch.ones(n, device=device) if start is None else start.reach.to(device, torch.float32)
-    anchor = torch.zeros_like(initial) if start is None else start.delta.to(device, torch.float32)
+    longest = s.clamp * reach * length
+    anchor = torch.zeros_like(initial) if start is None else _within(start.delta.to(device, torch.float32), longest)
     delta, pull = anchor.clone(), start.pull if start else 0.0
     adam, limit = _Adam(delta, s.learning_rate), s.max_drift if search.n_bystanders else 0.0
     prices = [Multiplier(limit, s.price_step / limit) for _ in range(n)] if limit else []
     best = _Best(torch.zeros_like(delta))  # no value has no drift
     active = torch.ones(n, dtype=torch.bool, device=device)
+    over = ~active
     losses: list[Tensor] = []
     live: list[Tensor] = []
     margins, distances = torch.zeros(n, device=device), list[Tensor]()
@@ -226,6 +232,7 @@ def _descend(
         away = terms.distance.detach()
         distances.append(away if not distances else torch.where(active, away, distances[-1]))
         within = terms.drift.detach() <= limit if limit else active
+        over = over | (active & ~within)
         best.see(moved.detach(), fit.detach(), terms.drift.detach(), margins, away, active & within)
         if search.aim:
             done = (away < search.aim.stop) | (margins >= s.min_margin if search.asks else away < 0)
@@ -240,12 +247,12 @@ def _descend(
         delta = adam.step(delta, gradient, active)
         for price, drift in zip(prices, terms.drift.tolist()):
             price.update(drift)
-        longest = s.clamp * reach[:, None] * length[:, None]
-        delta = delta * (longest / delta.norm(dim=1, keepdim=True).clamp(min=1e-12)).clamp(max=1)
+        delta = _within(delta, longest)
         search.narrow(active)
     if limit:
         delta, margins = best.delta, best.margin
         distances.append(torch.where(best.fit.isfinite(), best.away, distances[0]))
+        over = over & (delta == 0).all(1)
     history, kept = torch.stack(losses).cpu(), torch.stack(live).cpu()
     return [
         Value(
@@ -256,9 +263,20 @@ def _descend(
             bool(margins[i] > 0),
             float(best.drift[i]) if limit else None,
             (float(distances[0][i]), float(distances[-1][i])) if search.aim else None,
+            bool(over[i]),
         )
         for i in range(n)
     ]
+
+
+def _within(delta: Tensor, longest: Tensor) -> Tensor:
+    """Shorten what is longer than allowed.
+
+    Shapes:
+        delta (groups, d_model), longest (groups,).
+    """
+    share: Tensor = longest[:, None] / delta.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    return delta * share.clamp(max=1)
 
 
 def _decay(delta: Tensor, length: Tensor, s: ValueEditMethod) -> Tensor:

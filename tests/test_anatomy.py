@@ -75,6 +75,15 @@ def test_every_name_resolves_to_a_parameter_of_the_stated_shape(tiny, name):
         assert shape == anatomy.shape(ours)[:: -1 if anatomy.transposed(ours) else 1]
 
 
+@pytest.mark.parametrize("name", ENCODERS)
+def test_an_encoders_attention_is_known_map_by_map(tiny, name):
+    network, _ = tiny(name)
+    anatomy = describe(network.config, network.base_model)
+    maps = [anatomy.path(f"blocks.1.attention.{part}") for part in ("query", "key", "value", "out")]
+    assert len(set(maps)) == 4
+    assert all(network.base_model.get_submodule(path).weight.shape == (32, 32) for path in maps)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_matrix_in_its_stated_orientation_is_what_the_module_multiplies_by(tiny, name):
     network, _ = tiny(name)

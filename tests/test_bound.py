@@ -10,8 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import beta, binom
 
-from retouch.bound import Certificate, Multiplier, certify, needed, require, upper_bound
+from retouch.bound import Certificate, Multiplier, certify, needed, p_value, require, upper_bound
 from retouch.errors import BoundRefused, UnknownName, UserError
 
 METHODS = ["betting", "hoeffding_bentkus"]
@@ -93,6 +94,102 @@ def test_one_example_says_little_and_never_too_much(method):
     assert 0.9 < upper_bound([0], method=method) <= 1.0
     assert upper_bound([1], method=method) == 1.0
     assert 0.4 < upper_bound([0.4], method=method) <= 1.0
+
+
+@given(n=st.integers(1, 300), share=st.floats(0, 1), confidence=st.floats(0.5, 0.999))
+@settings(max_examples=40, deadline=None)
+def test_the_binomial_bound_is_clopper_and_pearsons(n, share, confidence):
+    x = np.arange(n) < round(n * share)
+    bound = upper_bound(x, confidence=confidence, method="binomial")
+    wanted = 1.0 if x.all() else beta.ppf(confidence, x.sum() + 1, n - x.sum())
+    assert bound == pytest.approx(wanted, abs=1e-9)
+    assert bound <= upper_bound(x, confidence=confidence, method="hoeffding_bentkus") + 1e-9
+
+
+def test_the_binomial_p_value_is_exact():
+    x = [1.0] * 7 + [0.0] * 93
+    assert p_value(x, 0.1, method="binomial") == pytest.approx(binom.cdf(7, 100, 0.1))
+    assert p_value([3 * v for v in x], 0.3, high=3.0, method="binomial") == pytest.approx(binom.cdf(7, 100, 0.1))
+
+
+# ------------------------------------------------ harms below 0
+
+
+def slow_betting(x, delta, candidate):
+    """The capital process in a loop; what it wins at most against one candidate mean."""
+    n, total, squares, variance, capital, best = len(x), 0.5, 0.25, 0.25, 1.0, 1.0
+    for i, v in enumerate(x, 1):
+        bet = min(math.sqrt(2 * math.log(1 / delta) / (n * variance)), 0.75 / (1 - candidate))
+        capital *= 1 - bet * (v - candidate)
+        best = max(best, capital)
+        total += v
+        squares += (v - total / (i + 1)) ** 2
+        variance = squares / (i + 1)
+    return best
+
+
+@given(
+    x=st.lists(st.sampled_from([-1.0, -0.5, 0.0, 0.25, 1.0]), min_size=1, max_size=40),
+    limit=st.floats(0.01, 0.95),
+    seed=st.integers(0, 9),
+)
+@settings(max_examples=50, deadline=None)
+def test_betting_on_signed_harms_against_a_loop(x, limit, seed):
+    order = np.random.default_rng(seed).permutation(x)
+    p = p_value(x, limit, method="betting", confidence=0.9, seed=seed, low=-1.0)
+    assert p == pytest.approx(1 / slow_betting(order, 0.1, limit), rel=1e-9)
+
+
+def test_the_signed_bound_by_a_grid_of_means():
+    g = np.random.default_rng(3)
+    x = g.choice([-1.0, 0.0, 1.0], 300, p=[0.03, 0.9, 0.07])
+    order = np.random.default_rng(0).permutation(x)
+    first = next(m for m in np.arange(0, 1, 1e-4) if slow_betting(order, 0.1, m) >= 10)
+    assert upper_bound(x, confidence=0.9, low=-1.0) == pytest.approx(first, abs=1e-4)
+
+
+def test_the_signed_bound_fails_no_more_often_than_it_says():
+    g, runs, delta, mean = np.random.default_rng(12), 2000, 0.1, 0.02
+    draws = g.choice([-1.0, 0.0, 1.0], (runs, 150), p=[0.03, 0.92, 0.05])
+    failed = sum(p_value(x, mean, method="betting", confidence=1 - delta, low=-1.0) <= delta for x in draws)
+    assert 0.01 < failed / runs <= delta + 0.02
+
+
+def test_examples_that_improved_lower_the_bound_even_below_zero():
+    harmed, mixed = [1.0] * 5 + [0.0] * 195, [1.0] * 5 + [-1.0] * 5 + [0.0] * 190
+    assert upper_bound(mixed, low=-1.0) < upper_bound(harmed, low=-1.0) == upper_bound(harmed)
+    better = certify([-1.0] * 60 + [0.0] * 140, 0.01, low=-1.0)
+    assert better.holds and -0.3 <= better.upper < 0 and "at most -0." in better.sentence()
+
+
+@given(x=harms01, limit=st.floats(0.01, 0.99), confidence=st.sampled_from([0.8, 0.9, 0.95]), data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_the_p_value_and_the_bound_say_the_same(x, limit, confidence, data):
+    method, low = data.draw(st.sampled_from([("betting", 0.0), ("betting", -1.0), ("hoeffding_bentkus", 0.0)]))
+    x = [v * data.draw(st.sampled_from([-1, 1])) for v in x] if low else x
+    fields = {"method": method, "confidence": confidence, "low": low}
+    bound = upper_bound(x, **fields)
+    if abs(bound - limit) > 1e-9 and limit > np.mean(x):
+        assert (p_value(x, limit, **fields) <= 1 - confidence) == (bound <= limit)
+    assert p_value(x, 1.0, **fields) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"low": -1.0, "method": "hoeffding_bentkus"}, "takes no harms below 0; use 'betting'"),
+        ({"method": "binomial", "low": -1.0}, "only harms that are 0 or the largest possible"),
+        ({"low": -0.4}, "Harm number 1 is -0.5; each must lie from -0.4 to 1"),
+        ({"low": 0.1}, "smallest possible harm"),
+        ({"low": math.nan}, "smallest possible harm"),
+    ],
+)
+def test_harms_that_a_bound_does_not_take_are_named(fields, message):
+    for call in (upper_bound, lambda x, **f: p_value(x, 0.5, **f), lambda x, **f: certify(x, 0.5, **f)):
+        with pytest.raises(UserError, match=message):
+            call([0.0, -0.5, 0.0], **fields)
+    with pytest.raises(UserError, match="only harms that are 0 or the largest possible"):
+        upper_bound([0.5], method="binomial")
 
 
 # ------------------------------------------------ laws

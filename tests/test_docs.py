@@ -50,6 +50,15 @@ def decoder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """A tiny encoder as a folder."""
+    folder = tmp_path_factory.mktemp("encoder") / "tiny"
+    families.build("bert", 4, headless=True).save_pretrained(folder)
+    families.tokenizer("word").save_pretrained(folder)
+    return folder
+
+
 # ---------------------------------------------------------------- pages
 
 
@@ -70,19 +79,23 @@ def test_generated_pages_are_up_to_date(build):
 
 
 def test_generated_pages_hold_every_method_and_every_described_parameter(build):
-    page = build.methods()
-    for entry in registry.methods("edit"):
-        assert f"### {entry.name}\n\n{entry.summary}" in page
+    page, index = build.methods(), (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    for verb in registry.BASES:
+        for entry in registry.methods(verb):
+            assert f"### {entry.name}\n\n{entry.summary}" in page
+            assert re.search(rf"\[[^\]]*\b{entry.name}\b[^\]]*\]\(methods/", index), f"{entry.name} has no page"
     commands = build.commands()
-    assert "## retouch bench edit" in commands
+    for command in ("bench edit", "bench slim", "slim"):
+        assert f"## retouch {command}\n" in commands
     assert "A saved change." in commands, "arguments have their help, too"
 
 
 def test_build_checks_without_writing(build, tmp_path, monkeypatch, capsys):
-    shutil.copy(ROOT / "docs" / "bounds.md", tmp_path)
+    for page in ("bounds.md", "slim.md"):
+        shutil.copy(ROOT / "docs" / page, tmp_path)
     monkeypatch.setattr(build, "DOCS", tmp_path)
     assert build.main(check=True) == 1
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["bounds.md"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bounds.md", "slim.md"]
     assert build.main(check=False) == 0
     assert build.main(check=True) == 0
     assert "commands.md is out of date" in capsys.readouterr().out
@@ -102,14 +115,16 @@ def test_links_inside_the_repository_resolve(page):
 
 
 @pytest.mark.parametrize("page", sorted(ROOT.glob("docs/**/*.md")), ids=name)
-def test_programs_in_pages_run(page, decoder, tmp_path, monkeypatch):
+def test_programs_in_pages_run(page, decoder, encoder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    space = {}
+    models, space = {'"smollm2"': decoder, '"minilm"': encoder}, {}
     for words, code in blocks(page):
         if not words.startswith("python"):
             continue
         assert words in ("python run", "python no-run"), f"{name(page)}: say run or no-run, not {words!r}"
-        program = compile(code.replace('"smollm2"', repr(str(decoder))), name(page), "exec")
+        for shown, folder in models.items():
+            code = code.replace(shown, repr(str(folder)))
+        program = compile(code, name(page), "exec")
         if words == "python run":
             exec(program, space)
 

@@ -18,7 +18,7 @@ from .settings import with_settings
 
 __all__ = ["BASES", "Entry", "find", "load", "make", "methods"]
 
-BASES = {"edit": ("EditMethod", "ValueEditMethod", "RankOneMethod", "SpreadMethod")}
+BASES = {"edit": ("EditMethod", "ValueEditMethod", "RankOneMethod", "SpreadMethod"), "slim": ("SlimMethod",)}
 """The base classes of each verb's methods."""
 
 

@@ -4,8 +4,9 @@ Each family is a table beside this file (``llama.yaml``), data and not code, cho
 go into the folder named by ``RETOUCH_ANATOMY``. An `Anatomy` is a table filled in with one configuration's sizes.
 
 Our names: ``embed``, ``final_norm``, ``head``, ``blocks.5``, and inside a block ``attention``, ``attention.out``,
-``mlp``, ``mlp.up``, ``mlp.gate`` (or ``mlp.gate_up`` where the two are fused), ``mlp.down``. The output of
-``attention`` and ``mlp`` is what they add to the residual stream, before any norm that a family puts behind them.
+``mlp``, ``mlp.up``, ``mlp.gate`` (or ``mlp.gate_up`` where the two are fused), ``mlp.down``; encoders also name
+``attention.query``, ``attention.key`` and ``attention.value``. The output of ``attention`` and ``mlp`` is what they add
+to the residual stream, before any norm that a family puts behind them.
 """
 
 from __future__ import annotations
@@ -212,10 +213,13 @@ class Anatomy:
         return index, part
 
     def _shapes(self) -> dict[str, tuple[int, int]]:
-        up = (self.d_ff, self.d_model)
+        up, inner = (self.d_ff, self.d_model), self.heads * self.head_dim
         return {
             "embed": (self.d_embed, self.vocab_size),
-            "attention.out": (self.d_model, self.heads * self.head_dim),
+            "attention.query": (inner, self.d_model),
+            "attention.key": (inner, self.d_model),
+            "attention.value": (inner, self.d_model),
+            "attention.out": (self.d_model, inner),
             "mlp.gate": up,
             "mlp.up": up,
             "mlp.gate_up": (2 * self.d_ff, self.d_model),

@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from . import bench, edit, locate, look, model
+from . import _show, bench, edit, locate, look, model, slim
 
 __all__ = ["app", "main"]
 
@@ -23,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for module in (edit, model, look, locate):
+for module in (edit, model, look, locate, slim):
     module.add_to(app)
 app.add_typer(bench.app, name="bench")
 
@@ -35,7 +35,8 @@ def main() -> None:
     from ..errors import RetouchError
 
     try:
-        code = app(standalone_mode=False)
+        with _show.warnings():
+            code = app(standalone_mode=False)
     except RetouchError as error:
         _fail(str(error), error.exit_code)
     except click.ClickException as error:

@@ -37,9 +37,9 @@ def edit(
         str, typer.Option(help="counterfact, same-subject, knowedit, zsre or sequential, from RETOUCH_DATA.")
     ] = "",
     model: Annotated[str, typer.Option(help="A folder, a hub id, a .gguf file, or smollm2.")] = "smollm2",
-    methods: Annotated[str, typer.Option(help="Names, with settings if you like: rome,memit:metric=identity")] = (
-        "ft-l,ft-m,rome,memit"
-    ),
+    methods: Annotated[
+        str, typer.Option(help="Names, with settings if you like: rome,memit:metric=identity:blocks=3+4+5")
+    ] = ("ft-l,ft-m,rome,memit"),
     n: Annotated[int, typer.Option(help="How many facts; same-subject: how many subjects.")] = 100,
     group_size: Annotated[int, typer.Option(help="Facts of one subject (same-subject): 1, 2, 4 or 8.")] = 4,
     known: Annotated[bool, typer.Option(help="Only facts whose true answer the unedited model prefers.")] = False,
@@ -87,7 +87,9 @@ def _check(asked: Asked, out: Path) -> None:
     from ..edit.facts import load
     from ..edit.suites import SIZES
     from ..errors import UserError
+    from ..store import refuse_inside
 
+    refuse_inside(out)
     if out.is_dir():
         raise UserError(f"--json {out} is a folder, and the result is a file. Choose another name.")
     if asked.suite == "same-subject" and asked.group_size not in SIZES:
@@ -105,4 +107,82 @@ def _shown(result: dict[str, Any], out: Path) -> None:
     heads = ["method", *_COLUMNS]
     title = f"{result['n']} facts of {result['data']}"
     _show.table(title, [heads[i] for i in kept], [[row[i] for i in kept] for row in table])
+    _show.say(f"Saved as {out}.")
+
+
+@app.command()
+def slim(
+    data: Annotated[
+        str, typer.Option(help="A folder with train, valid and test files, or of a GLUE task; a data set.")
+    ],
+    model: Annotated[
+        str, typer.Option(help="A fine-tuned classifier or a bare encoder: a folder, a hub id, or minilm.")
+    ] = "minilm",
+    methods: Annotated[
+        str, typer.Option(help="Names, with settings if you like: costeff,static:match=flops. Default: all rivals.")
+    ] = "",
+    params: Annotated[str, typer.Option(help="Most parameters, as a share of the original's.")] = "1/8",
+    flops: Annotated[
+        str, typer.Option(help="Most FLOPs on average, likewise; thresholds are chosen by it. none: all blocks run.")
+    ] = "1/19",
+    seeds: Annotated[str, typer.Option(help="Each method is trained once with each: 0,1,2.")] = "0",
+    max_train: Annotated[int | None, typer.Option(help="Training rows to keep at most.")] = None,
+    preset: Annotated[str, typer.Option(help="fast: for a CPU; paper: as published, for a GPU.")] = "fast",
+    latency: Annotated[bool, typer.Option(help="Take times, on the machine as it is.")] = True,
+    draws: Annotated[int, typer.Option(help="Draws of the test rows, for standard errors.")] = 1000,
+    work: Annotated[Path | None, typer.Option(help="Folder of the stages; default: in the cache.")] = None,
+    html: Annotated[Path | None, typer.Option(help="A report with pictures.")] = None,
+    json_: Annotated[Path, typer.Option("--json", help="The result.")] = Path("bench-slim.json"),
+) -> None:
+    """Measure slimming methods on one task; an interrupted run goes on when the same command is given again.
+
+    Example: retouch bench slim --data sst2 --methods costeff,static,plugged --seeds 0,1,2 --html sst2.html
+    """
+    from ..errors import UserError
+    from ..slim import bench
+    from ..slim.base import Budget
+    from ..slim.opening import open_source
+
+    chosen = bench.parse_methods(methods or bench.METHODS, preset=preset)
+    asked = bench.parse_seeds(seeds)
+    budget = Budget(params, None if flops == "none" else flops)
+    if draws < 2:
+        raise UserError(f"--draws must be at least 2; got {draws}.")
+    _show.writable("--json", json_)
+    _show.writable("--html", html, "matplotlib", "jinja2")
+    with _show.progress():
+        opened = open_source(model)
+        task = bench.read_task(opened, data, max_train=max_train)
+        result = bench.run(
+            opened, task, chosen, budget, json_, data=data, seeds=asked, latency=latency, folder=work, html=html,
+            n_draws=draws,
+        )  # fmt: skip
+    _shown_slim(result, json_)
+
+
+def _shown_slim(result: dict[str, Any], out: Path) -> None:
+    columns = (
+        "quality",
+        "quality_base",
+        "params_ratio",
+        "flops_ratio",
+        "speedup",
+        "exit_layer",
+        "quality_auc",
+        "p50_ms_b1",
+    )
+    kept = [c for c in columns if any(row.get(c) is not None for row in result["methods"].values())]
+    table = [[name, *(row.get(c) for c in kept)] for name, row in result["methods"].items()]
+    _show.table(f"{result['n']} test rows of {result['data']}", ["method", *kept], table)
+    for one in result["differences"]:
+        said = {"quality_at_cost": "at its FLOPs", "quality_auc": "over all costs both reach"}.get(one["metric"], "")
+        _show.say(
+            f"{one['method']} against {one['rival']} {said}: {one['difference']:+.4f} "
+            f"(standard error {one['standard_error']:.4f}), {one['verdict']}.".replace(" :", ":")
+        )
+    missed = [name for name, row in result["methods"].items() if row["reached"] < 1]
+    if missed:
+        _show.say(f"The FLOPs asked for are out of reach of {', '.join(missed)}: shown without early exits.", "yellow")
+    if result["latency"] and result["latency"]["noisy"]:
+        _show.say("The machine was busy while times were taken: do not trust them, measure again.", "yellow")
     _show.say(f"Saved as {out}.")

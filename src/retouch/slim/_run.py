@@ -1,0 +1,338 @@
+"""One task, one opened model, one plan: what all stages share, and the one function that trains, resumes or reuses."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from .. import store
+from ..bound import Multiplier
+from ..errors import SettingsError, UserError
+from ..model import Model
+from . import checkpoint
+from .base import Plan, SlimMethod, Widths
+from .cutting import Scoring, cut, token_counts
+from .data import Task
+from .encoded import Encoded, encode, order, padded
+from .network import SlimForSequenceClassification
+from .presets import Stage, Stages, TrainingSettings, stages
+from .schedule import steps, timetable
+from .teaching import Teacher, answers, qualities
+from .training import Course, train
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["Assignment", "BaseRun", "Trained"]
+
+_FORMAT = 1
+"""Raised whenever the same settings no longer lead to the same weights, so that older stages are not reused."""
+
+_DECIDING = {"batch_size", "n_parts", "weight_decay", "clip"}
+"""Settings of training that decide weights and are not said by the stage or the data."""
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """A network that a stage left.
+
+    Attributes:
+        network: In eval mode.
+        key: Of everything that made it.
+        record: The stage's loss curve, checks and cuts; empty where nothing was trained.
+    """
+
+    network: SlimForSequenceClassification
+    key: str
+    record: dict[str, Any]
+
+    @property
+    def exits(self) -> tuple[int, ...]:
+        """Blocks with an exit."""
+        return self.network.widths.exits
+
+
+@dataclass(frozen=True, eq=False)
+class Assignment:
+    """What one stage of a method does, beside the network that it begins with.
+
+    Args:
+        stage: What is learnt.
+        teacher: Whom it learns from; None where it learns from labels alone.
+        equilibrium: Whether gradients flow down as means over exits.
+        cuts: The widths after each cut.
+        scoring: What is cut, and how it is found; needed with `cuts`.
+        original: Whom the harm is measured against; None: no constraint.
+        price_step: How fast the price of that harm rises.
+    """
+
+    stage: Stage
+    teacher: Trained | None = None
+    equilibrium: bool = True
+    cuts: tuple[Widths, ...] = ()
+    scoring: Scoring | None = None
+    original: Trained | None = None
+    price_step: float = 0.1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what decides the result, as values for a key."""
+        return {
+            "stage": self.stage.to_dict(),
+            "teacher": None if self.teacher is None else self.teacher.key,
+            "equilibrium": self.equilibrium,
+            "cuts": [goal.to_dict() for goal in self.cuts],
+            "scoring": None if self.scoring is None else asdict(self.scoring),
+            "original": None if self.original is None else [self.original.key, self.price_step],
+        }
+
+
+class BaseRun:
+    """What every run has; see `retouch.slim.stages.Run`, which adds the stages.
+
+    Args:
+        task: The task.
+        model: An opened encoder, or a classifier for the task's labels.
+        tokenizer: Its tokenizer.
+        plan: The widths to reach.
+        method: The method; its training settings hold for every stage.
+        folder: Where stages are kept; None: in the cache.
+        max_harm: The limit of the constraint, for methods that train with one.
+        accelerator: Where it runs; None makes one.
+
+    Raises:
+        UserError: Task, model and plan do not fit each other.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        model: Model | SlimForSequenceClassification,
+        tokenizer: Any,
+        plan: Plan,
+        method: SlimMethod,
+        folder: str | Path | None = None,
+        max_harm: float | None = None,
+        accelerator: Accelerator | None = None,
+    ) -> None:
+        self.task, self.model, self.tokenizer, self.plan, self.method = task, model, tokenizer, plan, method
+        self.settings = method if isinstance(method, TrainingSettings) else TrainingSettings()
+        self.folder = Path(folder) if folder is not None else store.cache_dir() / "slim"
+        self.max_harm = max_harm
+        self.history: list[dict[str, Any]] = []
+        self._encoded: dict[str, Encoded] = {}
+        self._check()
+        self.accelerator = accelerator or _accelerator(self.settings.precision)
+
+    # ------------------------------------------------------------ what is given
+
+    @cached_property
+    def stages(self) -> Stages:
+        """The preset's stages, their lengths and rates multiplied as the settings say."""
+        kept = sum(self.plan.widths.heads) / (self.plan.size.heads * self.plan.size.blocks)
+        found = stages(self.method.preset, self.task.name, len(self.task.train), kept, self.settings.batch_size)
+        return found.scaled(self.settings.length_factor, self.settings.rate_factor)
+
+    def encoded(self, split: str) -> Encoded:
+        """Return a split of the task as token ids."""
+        if split not in self._encoded:
+            types = self.plan.size.token_types
+            rows = getattr(self.task, split)
+            self._encoded[split] = encode(self.tokenizer, rows, self.settings.max_tokens, token_types=types)
+        return self._encoded[split]
+
+    @cached_property
+    def data_key(self) -> str:
+        """Of everything in the data that decides weights."""
+        splits = {split: _digest(self.encoded(split)) for split in ("train", "valid")}
+        return store.key(metric=self.task.metric, labels=self.task.labels, **splits)
+
+    @cached_property
+    def model_key(self) -> str:
+        """Of the model as it was opened, and of how its exits read it."""
+        if isinstance(self.model, Model):
+            return store.key(model=self.model.fingerprint, pooling=self.settings.pooling)
+        config = {k: v for k, v in checkpoint.plain_config(self.model).items() if k not in _NOT_WEIGHTS}
+        weights = {name: store.digest_tensor(tensor) for name, tensor in self.model.state_dict().items()}
+        return store.key(config=config, weights=weights)
+
+    @cached_property
+    def counts(self) -> Tensor:
+        """How often each token stands in the training set, (vocab,)."""
+        return token_counts(self.encoded("train").ids, self.plan.size.vocab)
+
+    def n_steps(self, stage: Stage) -> int:
+        """Return how many steps a stage takes on this task, counted before it starts."""
+        encoded, size, seed = self.encoded("train"), self.settings.batch_size, self.seed(stage.name)
+
+        def tokens_of() -> Iterator[int]:
+            for epoch in range(1_000_000):
+                yield from (padded(encoded, rows) for rows in order(encoded, size, seed=seed, epoch=epoch))
+
+        return steps(stage, tokens_of(), -(-len(encoded) // size))
+
+    def seed(self, name: str) -> int:
+        """Give each stage its own seed, so that a reused stage leaves the later ones as they would be."""
+        return int(store.key(seed=self.method.seed, stage=name)[:7], 16)
+
+    # ------------------------------------------------------------ one stage
+
+    def train(
+        self, work: Assignment, start: Callable[[], SlimForSequenceClassification], made_of: Sequence[Any]
+    ) -> Trained:
+        """Train one stage, or go on with it, or read it where it is done.
+
+        Args:
+            work: What it does.
+            start: Makes the network to begin with; fresh weights come from torch's global generator.
+            made_of: What `start` depends on, as values for a key.
+
+        Raises:
+            RetouchError: The loss or the gradient is not finite.
+        """
+        n_steps = self.n_steps(work.stage)
+        key = self._key(work, n_steps, made_of)
+        done, saved = (self.folder / f"{work.stage.name}-{key}{more}" for more in ("", "-partial"))
+        if (found := checkpoint.load(done)) is not None:
+            network = checkpoint.network_of(found[1]["config"], found[0]).to(self.accelerator.device)
+            record = found[1]["record"]
+        else:
+            network, record = train(self.accelerator, self._course(work, n_steps), start, saved)
+            if self.accelerator.is_main_process:
+                config = checkpoint.plain_config(network)
+                checkpoint.save(done, network.state_dict(), {"config": config, "record": record})
+                checkpoint.remove(saved)
+            self.accelerator.wait_for_everyone()
+        self.history.append(record)
+        return Trained(network, key, record)
+
+    def answers(self, trained: Trained | None, split: str = "train") -> dict[int, Tensor]:
+        """Return every exit's logits on a split, by block, on the run's device; computed once and kept.
+
+        Raises:
+            UserError: There is no teacher.
+        """
+        if trained is None:
+            raise UserError("A stage that learns from a teacher's answers needs a teacher.")
+        made_of = {"trained": trained.key, "data": _digest(self.encoded(split))}
+        folder = self.folder / f"answers-{store.key(precision=self.accelerator.mixed_precision, **made_of)}"
+        found = checkpoint.load(folder)
+        if found is None:
+            logits = answers(self.accelerator, trained.network, self.encoded(split))
+            found = {str(block): z for block, z in logits.items()}, {}
+            if self.accelerator.is_main_process:
+                checkpoint.save(folder, *found)
+            self.accelerator.wait_for_everyone()
+        return {int(block): z.to(self.accelerator.device) for block, z in found[0].items()}
+
+    def qualities(self, network: SlimForSequenceClassification) -> dict[int, float]:
+        """Return how good each exit is on the validation set, by block."""
+        valid = self.encoded("valid")
+        return qualities(answers(self.accelerator, network, valid), np.asarray(valid.labels), self.task.metric)
+
+    def _key(self, work: Assignment, n_steps: int, made_of: Sequence[Any]) -> str:
+        return store.key(
+            format=_FORMAT,
+            work=work.to_dict(),
+            harm=None if work.original is None else [self.max_harm, self.plan.mean_depth],
+            n_steps=n_steps,
+            n_checks=self.stages.n_checks,
+            made_of=list(made_of),
+            data=self.data_key,
+            seed=self.method.seed,
+            settings={k: v for k, v in asdict(self.settings).items() if k in _DECIDING},
+            precision=self.accelerator.mixed_precision,
+        )
+
+    def _course(self, work: Assignment, n_steps: int) -> Course:
+        stage, teacher = work.stage, work.teacher
+        shown = {} if stage.answers in ("none", "labels") else self.answers(teacher)
+        against = None if work.original is None else self.answers(work.original)
+        n_checks = max(self.stages.n_checks, round(stage.epochs or 0))
+        return Course(
+            stage=stage,
+            timetable=timetable(stage, n_steps, n_checks, work.cuts),
+            settings=self.settings,
+            seed=self.seed(stage.name),
+            encoded=self.encoded("train"),
+            teacher=Teacher(
+                None if teacher is None else teacher.network.eval(),
+                shown,
+                None if against is None else against[max(against)],
+            ),
+            check=self.qualities,
+            cut=self._cut(work),
+            equilibrium=work.equilibrium,
+            watched=tuple(block for block in self.plan.widths.exits if block + 1 >= self.plan.mean_depth),
+            price=None if work.original is None else self._price(work.price_step),
+        )
+
+    def _cut(
+        self, work: Assignment
+    ) -> Callable[[SlimForSequenceClassification, Widths, int], SlimForSequenceClassification]:
+        def make(network: SlimForSequenceClassification, widths: Widths, number: int) -> SlimForSequenceClassification:
+            assert work.scoring is not None and work.teacher is not None
+            return cut(
+                self.accelerator,
+                network,
+                widths,
+                work.teacher.network,
+                self.encoded("train"),
+                work.scoring,
+                counts=self.counts if work.scoring.weighted else None,
+                batch_size=self.settings.batch_size,
+                seed=self.seed(f"{work.stage.name} {number}"),
+                equilibrium=work.equilibrium,
+            )
+
+        return make
+
+    def _price(self, step: float) -> Multiplier:
+        if self.max_harm is None:
+            raise SettingsError("A constraint needs a limit: state max_harm in the budget, for example 0.03.")
+        return Multiplier(limit=self.max_harm, step_size=step, maximum=10.0, smoothing=0.9)
+
+    def _check(self) -> None:
+        classes, name, size = len(self.task.labels or ("value",)), self.task.name, self.plan.size
+        if not self.task.valid:
+            raise UserError(f"Task {name!r} has no validation rows, by which states are chosen. Give some.")
+        if size.classes != classes:
+            raise UserError(f"The plan is for {size.classes} classes; task {name!r} has {classes}. Plan again for it.")
+        seen = {example.label for example in self.task.train}
+        if len(seen) < 2:
+            only = next(iter(seen), None)
+            shown = self.task.labels[int(only)] if self.task.labels and only is not None else only
+            raise UserError(f"All training rows of {name!r} have the label {shown!r}: there is nothing to tell apart.")
+        if isinstance(self.model, SlimForSequenceClassification) and self.model.size.classes != classes:
+            raise UserError(
+                f"The classifier tells {self.model.size.classes} classes apart and task {name!r} has {classes}. Give "
+                "the encoder that it was trained from, or a task with its labels."
+            )
+
+
+_NOT_WEIGHTS = {"_name_or_path", "transformers_version", "architectures", "dtype"}
+
+
+def _digest(encoded: Encoded) -> str:
+    """Hash token ids, token types and labels, in order."""
+    found = hashlib.sha256(np.asarray(encoded.lengths, dtype=np.int64).tobytes())
+    for rows in (encoded.ids, encoded.types or ()):
+        found.update(np.fromiter((i for row in rows for i in row), dtype=np.int64).tobytes() + b"|")
+    found.update(np.asarray(encoded.labels, dtype=np.float64).tobytes())
+    return found.hexdigest()
+
+
+def _accelerator(precision: str) -> Accelerator:
+    from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+
+    gpu = PartialState().device.type == "cuda"
+    bf16 = precision == "bfloat16" or (precision == "auto" and gpu)
+    # an exit has no gradient in a stage that compares hidden states only
+    joined = DistributedDataParallelKwargs(find_unused_parameters=True)
+    return Accelerator(mixed_precision="bf16" if bf16 else "no", kwargs_handlers=[joined])

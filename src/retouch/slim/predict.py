@@ -1,0 +1,133 @@
+"""Answer texts with a saved slim model: batch after batch, as they come in."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import store
+from ..errors import ModelError, UserError
+from ._reading import Example
+from .compaction import answer
+from .encoded import collate, encode
+from .network import SlimForSequenceClassification, open_slim
+
+__all__ = ["Classifier", "Prediction", "open_classifier"]
+
+Text = str | tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model says about one text.
+
+    Attributes:
+        label: The class's name; None for a regression.
+        score: Its probability, by the exit's temperature; for a regression the value.
+        exit_block: The block that it left after.
+    """
+
+    label: str | None
+    score: float
+    exit_block: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain values that JSON can hold."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, eq=False)
+class Classifier:
+    """A slim network and its tokenizer, ready to answer.
+
+    Args:
+        network: In eval mode.
+        tokenizer: Its fast tokenizer.
+        max_tokens: Longer texts are cut.
+    """
+
+    network: SlimForSequenceClassification
+    tokenizer: Any
+    max_tokens: int = 128
+
+    def predict(self, texts: Iterable[Text], batch_size: int = 32, ahead: int = 8) -> Iterator[Prediction]:
+        """Answer texts, or pairs of texts, in their order. Reads as far ahead as it needs and no further.
+
+        Args:
+            texts: May be endless.
+            batch_size: Texts that are worked off at once.
+            ahead: So many batches are read at once and sorted by length among themselves, which saves padding.
+
+        Raises:
+            UserError: A text is empty, or texts and pairs are mixed; the message has its number.
+        """
+        if batch_size < 1 or ahead < 1:
+            raise UserError(f"batch_size and ahead must be at least 1; got {batch_size} and {ahead}.")
+        stream = enumerate(texts)
+        while window := list(itertools.islice(stream, batch_size * ahead)):
+            yield from self._window([_example(number, text) for number, text in window], batch_size)
+
+    def _window(self, examples: list[Example], batch_size: int) -> list[Prediction]:
+        if len({e.pair is None for e in examples}) > 1:
+            raise UserError("Texts and pairs of texts are mixed. Give all of one kind.")
+        types = self.network.size.token_types
+        encoded = encode(self.tokenizer, examples, self.max_tokens, token_types=types)
+        by_length = sorted(range(len(examples)), key=lambda i: encoded.lengths[i])
+        found: dict[int, Prediction] = {}
+        for start in range(0, len(by_length), batch_size):
+            rows = by_length[start : start + batch_size]
+            found |= dict(zip(rows, self._batch(collate(encoded, rows))))
+        return [found[i] for i in range(len(examples))]
+
+    def _batch(self, batch: dict[str, Any]) -> list[Prediction]:
+        inputs = {k: v.to(self.network.device) for k, v in batch.items() if k != "labels"}
+        said, config = answer(self.network, **inputs), self.network.config
+        where = said.where.tolist()
+        if config.task == "regression":
+            values = (said.logits[:, 0] * config.target_scale + config.target_mean).tolist()
+            return [Prediction(None, value, block) for value, block in zip(values, where)]
+        scores, classes = (said.logits / self._temperatures()[said.where, None]).softmax(-1).max(-1)
+        names = [config.id2label[c] for c in classes.tolist()]
+        return [Prediction(*one) for one in zip(names, scores.tolist(), where)]
+
+    def _temperatures(self) -> Tensor:
+        """Return what each block's exit divides its logits by."""
+        found = torch.ones(self.network.size.blocks)
+        if self.network.config.temperatures:
+            found[list(self.network.widths.exits)] = torch.tensor(self.network.config.temperatures)
+        return found.to(self.network.device)
+
+
+def _example(number: int, text: Text) -> Example:
+    first, second = (text, None) if isinstance(text, str) else text
+    if not first.strip():
+        raise UserError(f"Text {number + 1} is empty.")
+    return Example(first, second, 0)
+
+
+def open_classifier(folder: str | Path, *, max_tokens: int | None = None) -> Classifier:
+    """Open a saved slim model with its tokenizer.
+
+    Args:
+        folder: As `Slim.save` wrote it.
+        max_tokens: Longer texts are cut; None: as in training, else at 128 tokens.
+
+    Raises:
+        ModelError: The folder holds no slim model, or no tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    network = open_slim(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder} has no tokenizer that can be opened: {str(error).splitlines()[0]}") from error
+    record = Path(folder) / "retouch.json"
+    trained = store.read_json(record).get("max_tokens") if record.is_file() else None
+    return Classifier(network, tokenizer, max_tokens or trained or 128)

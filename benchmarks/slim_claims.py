@@ -73,10 +73,10 @@ def certificates(slim: Any, task: Any, limits: list[float], n_draws: int, seed: 
 
 def speed(slim: Any, task: Any, n_calls: int, threads: int) -> dict[str, Any]:
     """Time original and slim model side by side, in PyTorch and in onnxruntime."""
+    from retouch.router import open_router
     from retouch.slim.encoded import encode
     from retouch.slim.export import export
     from retouch.slim.latency import call_network, call_router, measure
-    from retouch.router import open_router
 
     tokenizer, network, original = slim.classifier.tokenizer, slim.classifier.network, slim.fitted.original
     encoded = encode(tokenizer, task.test, slim.classifier.max_tokens, token_types=network.size.token_types)

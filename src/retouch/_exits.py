@@ -9,16 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from ._rules import RULES, TOLERANCE, Rule, fitting
 from .errors import StoreError, UserError
 from .store import read_json
 
-__all__ = ["FORMAT", "RULES", "Exits", "read_exits", "stage_name"]
+__all__ = ["FORMAT", "Exits", "read_exits", "stage_name"]
 
 FORMAT = 1
 """The format number of ``exits.json``."""
-
-RULES = ("entropy", "max_prob", "margin", "patience", "delta")
-"""How a row's uncertainty may be read from an exit."""
 
 
 def stage_name(stage: int) -> str:
@@ -32,7 +30,7 @@ class Exits:
 
     Args:
         cuts: Blocks with an exit, ascending, the last block among them; each ends a stage.
-        rule: How uncertainty is read, one of `RULES`.
+        rule: How uncertainty is read; see `retouch.slim.rules.Rule`.
         threshold: A row leaves at the first exit whose uncertainty is below; None lets none leave early.
         temperatures: One a cut; logits are divided by it before the rule.
         blocks: Blocks of the whole network.
@@ -46,7 +44,8 @@ class Exits:
         labels: Names of the classes; None for regression.
         target_mean: Added to a regression's answer after `target_scale`.
         target_scale: Multiplies a regression's answer.
-        tolerance: Under ``patience``, regression answers that differ by less count as equal.
+        tolerance: Under ``patience``, regression answers that differ by less count as equal; None: by
+            less than 0.05.
         precision: ``"float32"`` or ``"int8"``.
         widths: Heads, neurons and rank, for the reader.
         made_with: Versions of what made the files, for the reader.
@@ -84,7 +83,7 @@ class Exits:
             **{name: _whole(getattr(self, name), 1) for name in ("blocks", "classes", "vocab", "positions")},
             "cuts": ascending and bool(cuts) and cuts[0] >= 0 and cuts[-1] == self.blocks - 1,
             "task": self.task == "classification" or (regression and self.classes == 1),
-            "rule": self.rule in RULES and (self.threshold is None or self.rule in _rules_of(self.task)),
+            "rule": self.rule in (RULES if self.threshold is None else fitting(self.classes)),
             "threshold": self.threshold is None or _number(self.threshold),
             "temperatures": len(self.temperatures) == len(cuts) and all(_number(t, 1e-30) for t in self.temperatures),
             "token_types": isinstance(self.token_types, bool),
@@ -99,13 +98,13 @@ class Exits:
             "made_with": isinstance(self.made_with, Mapping),
         }
 
+    def deciding(self) -> Rule:
+        """Return how a row decides to leave; every cut is asked."""
+        return Rule(self.rule, self.temperatures, tolerance=TOLERANCE if self.tolerance is None else self.tolerance)
+
     def to_dict(self) -> dict[str, Any]:
         """Return what ``exits.json`` holds, the format number first."""
         return {"format": FORMAT, **asdict(self)}
-
-
-def _rules_of(task: str) -> tuple[str, ...]:
-    return ("patience", "delta") if task == "regression" else ("entropy", "max_prob", "margin", "patience")
 
 
 def _whole(value: object, least: int = 0) -> bool:

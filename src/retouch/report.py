@@ -26,6 +26,8 @@ __all__ = [
     "Picture",
     "Report",
     "Table",
+    "mark",
+    "mark_table",
     "model_card",
     "plot_bars",
     "plot_curve",
@@ -287,26 +289,27 @@ def model_card(report: Report) -> str:
         # One edit
     """
     lines = ["---", "library_name: transformers", "tags: [retouch, model-editing]", "---", ""]
-    lines += [f"# {_mark(report.title)}", "", _mark(report.summary), "", f"Changed model: {_mark(report.model)}", ""]
+    lines += [f"# {mark(report.title)}", "", mark(report.summary), "", f"Changed model: {mark(report.model)}", ""]
     for table in report.tables:
-        lines += [f"## {_mark(table.title)}", "", *_mark_table(table), ""]
-        lines += [_mark(table.caption), ""] if table.caption else []
+        lines += [f"## {mark(table.title)}", "", *mark_table(table), ""]
+        lines += [mark(table.caption), ""] if table.caption else []
     for heading, texts in (("What is seen", [p.title for p in report.pictures]), ("Notes", report.notes)):
         if texts:
-            lines += [f"## {heading}", "", *(f"- {_mark(text)}" for text in texts), ""]
+            lines += [f"## {heading}", "", *(f"- {mark(text)}" for text in texts), ""]
     if report.environment:
         lines += ["## How this was made", ""]
-        lines += [f"- {_mark(name)} {_mark(value)}" for name, value in report.environment.items()] + [""]
+        lines += [f"- {mark(name)} {mark(value)}" for name, value in report.environment.items()] + [""]
     return "\n".join(lines)
 
 
-def _mark_table(table: Table) -> list[str]:
+def mark_table(table: Table) -> list[str]:
+    """Write a table as lines of Markdown."""
     rules = ["---:" if numeric else "---" for numeric in _numeric(table)]
-    rows = [[_mark(name) for name in table.columns], rules]
-    rows += [[_mark(shown(cell)) for cell in row] for row in table.rows]
+    rows = [[mark(name) for name in table.columns], rules]
+    rows += [[mark(shown(cell)) for cell in row] for row in table.rows]
     return ["| " + " | ".join(row) + " |" for row in rows]
 
 
-def _mark(text: object) -> str:
+def mark(text: object) -> str:
     """Write a text so that Markdown shows it and does not read it."""
     return re.sub(r"^(\d*)([+.)-])(?= |$)", r"\1\\\2", _MARKDOWN.sub(r"\\\1", clean(text).strip()))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import socket
+import subprocess
 import sys
 
 import pytest
@@ -19,6 +22,8 @@ from retouch.slim.base import Budget
 from retouch.slim.opening import named_labels, open_source
 from retouch.slim.predict import open_classifier
 from retouch.slim.recalibrate import recalibrated
+from retouch.slim.widths import base_cost, cost
+from retouch.store import write_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:'click.*is deprecated:DeprecationWarning")
 
@@ -81,6 +86,14 @@ def test_what_is_measured_is_what_the_model_does(slim, data):
     assert sum(p.exit_block for p in said) / len(said) + 1 == pytest.approx(slim.point.exit_layer)
 
 
+def test_flops_at_128_tokens_are_those_of_the_exits_taken(slim):
+    network, size = slim.classifier.network, slim.plan.size
+    each = [cost(size, network.widths, 128, block) for block in range(size.blocks)]
+    spent = sum(share * each[block] for block, share in slim.point.leaves.items()) / base_cost(size, 128)
+    assert slim.to_dict()["flops_ratio_128"] == pytest.approx(spent)
+    assert slim.flops_ratio_128 != pytest.approx(slim.point.flops_ratio)  # the texts are shorter
+
+
 def test_a_saved_model_opens_with_transformers_and_says_the_same(slim, tmp_path):
     slim.save(tmp_path / "small", command="retouch slim ...")
     texts = [e.text for e in toy.rows(9, 5)]
@@ -111,6 +124,8 @@ def test_predictions_come_as_texts_come(slim):
         list(slim.classifier.predict(["paris", " "]))
     with pytest.raises(UserError, match="mixed"):
         list(slim.classifier.predict(["paris", ("paris", "rome")]))
+    with pytest.raises(UserError, match="Put it into a list"):
+        slim.classifier.predict("paris")
 
 
 def test_a_limit_that_cannot_be_shown_is_refused_unless_it_is_kept(bert, data, work, tmp_path):
@@ -243,6 +258,36 @@ def test_the_command_makes_saves_and_answers(retouch, bert, data, tmp_path, monk
         retouch("slim", out, "--recalibrate", "--calib", data / "calib.tsv", "--flops", "0.45", "--json").out
     )
     assert told["threshold"]["cost"] <= 0.45
+    told = json.loads(retouch("slim", out, "--measure", "--test", data / "test.tsv", "--json").out)
+    assert {(r["model"], r["batch_size"]) for r in told["rows"]} == {("slim", 1), ("slim", 8), ("slim", 32)}
+    assert told["note"] in retouch("slim", out, "--measure", "--test", data / "test.tsv").out
+
+
+@pytest.mark.slow
+def test_of_several_processes_one_writes_and_speaks(bert, data, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    out, html = tmp_path / "small", tmp_path / "report.html"
+    sets = [str(w) for name in ("train", "valid", "calib", "test") for w in (f"--{name}", data / f"{name}.tsv")]
+    files = ["--work", tmp_path / "work", "-o", out, "--html", html, "--json"]
+    words = ["slim", bert, *sets, "--params", "3/4", *QUICK, *files]
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-m", "retouch", *map(str, words)],
+            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [child.communicate(timeout=280) for child in children]
+    assert [child.returncode for child in children] == [0, 0], said
+    assert json.loads(said[0][0])["model"] == str(out)
+    assert said[1][0] == "" and "Plan for" not in said[1][1] and "Plan for" in said[0][1]
+    assert (out / "manifest.json").is_file() and html.is_file()
 
 
 @pytest.mark.parametrize(
@@ -254,12 +299,24 @@ def test_the_command_makes_saves_and_answers(retouch, bert, data, tmp_path, monk
         (("--train", "{train}", "-o", "{out}", "--params", "9"), "params must be above 0"),
         (("--train", "{train}", "-o", "{out}", "--params", "1/8", "--max-drop", "0.1"), "max_drop looks for"),
         (("--train", "{train}", "-o", "{out}", "--params", "1/900"), "nearest"),
+        (("--train", "{train}", "-o", "{out}", "--params", "1/2", "--max-harm", "0.001", "--delta", "2"), "delta must"),
         (("--train", "nowhere.tsv", "-o", "{out}", "--params", "1/2"), "nowhere.tsv"),
         (("--train", "{train}", "-o", "{data}", "--params", "1/2"), "no slim model of ours"),
         (("--train", "{train}", "-o", "{out}", "--params", "1/2", "--scor", "gates"), "scor"),
         (("--predict", "nowhere.txt"), "no config.json|slim"),
-        (("--export", "{out}", "--cuts", "a"), "no config.json|slim"),
+        (("--export", "{out}", "--cuts", "a"), "--cuts are block numbers"),
+        (("--export", "{data}"), "is no export"),
+        (("--export", "{out}", "--test", "{train}"), "Leave out --test"),
+        (("--predict", "-", "--max-drop", "0.1"), "Leave out --max-drop"),
+        (("--recalibrate", "--train", "{train}", "--flops", "0.2"), "Leave out --train"),
+        (("--measure", "--test", "{train}", "--batch", "3"), "Leave out --batch"),
+        (("--train", "{train}", "-o", "{out}", "--params", "1/2", "--int8"), "Leave out --int8"),
+        (("--train", "{train}", "-o", "{out}", "--params", "1/2", "--html", "/nowhere/x.html"), "--html"),
+        (("--train", "{train}", "-o", "{train}/x", "--params", "1/2"), "cannot be made"),
+        (("--train", "{train}", "-o", "{out}", "--params", "1/2", "--method", "linear"), "linear is a yardstick"),
         (("--recalibrate", "--flops", "0.2"), "needs --calib"),
+        (("--measure",), "needs --test"),
+        (("--measure", "--test", "{train}", "--scoring", "x"), "There is no option --scoring"),
     ],
 )
 def test_mistakes_are_named(retouch, bert, data, tmp_path, words, wrong):
@@ -270,6 +327,12 @@ def test_mistakes_are_named(retouch, bert, data, tmp_path, words, wrong):
     assert re.search(wrong, said.err), said.err
     assert said.out == ""
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_another_kind_is_not_replaced(retouch, bert, data, tmp_path):
+    write_folder(tmp_path / "change", {"retouch.json": '{"kind": "change"}'})
+    for words in (("--train", data / "train.tsv", "--params", "1/2"), ("--recalibrate", "--calib", data / "calib.tsv")):
+        assert "no slim model of ours" in retouch("slim", bert, *words, "-o", tmp_path / "change", code=2).err
 
 
 def test_one_class_only_is_an_error_before_any_work(retouch, bert, tmp_path):

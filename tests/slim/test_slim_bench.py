@@ -24,7 +24,7 @@ from retouch.slim.static import Static
 
 SHORT = {"length_factor": 0.001, "batch_size": 8, "rate_factor": 10.0, "save_every": 0}
 BUDGET = Budget(params="1/2", flops="1/3")
-CONTRACT = {"quality", "quality_base", "params_ratio", "flops_ratio", "speedup", "exit_layer"}
+CONTRACT = {"quality", "quality_base", "params_ratio", "flops_ratio", "flops_ratio_128", "speedup", "exit_layer"}
 TIMES = ("speedup", "p50", "p95", "examples_per")
 
 
@@ -255,6 +255,13 @@ def test_seeds_are_read():
 def test_what_cannot_be_measured_is_refused_before_any_work(more, says, tmp_path):
     with pytest.raises(UserError, match=says):
         measured(tmp_path / "bench.json", tmp_path / "stages", **more)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bench_has_one_precision(tmp_path):
+    mixed = {f"linear:precision={p}": Linear(precision=p) for p in ("float32", "bfloat16")}
+    with pytest.raises(SettingsError, match="precision"):
+        bench.run(source(), task(), mixed, Budget("1/2"), tmp_path / "bench.json")
     assert not list(tmp_path.iterdir())
 
 

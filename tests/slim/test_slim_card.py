@@ -44,6 +44,7 @@ def test_sizes_quality_and_exits_are_told(slim, text):
     n = sum(p.numel() for p in slim.classifier.network.parameters())
     assert f"| {n:,} |" in text
     assert f"| FLOPs a text, measured mean | 1 | {slim.point.flops_ratio:.4f} |" in text
+    assert f"| FLOPs, every text 128 tokens | 1 | {slim.flops_ratio_128:.4f} |" in text
     assert f"| original | {slim.quality_base:.4g} |" in text
     assert f"| slim, leaving early | {slim.point.quality:.4g} | {slim.point.quality_kept:.1%} |" in text
     for block, share in slim.point.leaves.items():

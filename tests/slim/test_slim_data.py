@@ -323,8 +323,11 @@ def test_an_unknown_metric_is_named():
 
 
 def test_a_class_that_the_draws_take_away_is_said(caplog):
-    make_task([*some(40), Example("the only one", None, "rare")], max_train=5, seed=1)
+    rows = [*some(40), Example("the only one", None, "rare")]
+    make_task(rows, max_train=5, seed=1)
     assert "No training row of rare is left" in caplog.text
+    with pytest.raises(UserError, match="test has rows of rare, and no training row of it is left"):
+        make_task(rows, max_train=5, seed=1, test=[*some(9, 60), Example("another one", None, "rare")])
 
 
 # Keeping rows apart

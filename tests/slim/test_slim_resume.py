@@ -198,6 +198,20 @@ def test_there_is_no_state_where_there_is_no_folder(tmp_path):
     assert checkpoint.load(tmp_path / "foreign") is None
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "state.json", "state.safetensors"])
+def test_a_damaged_stage_is_removed_and_made_again(tmp_path, name):
+    state = {"a": torch.ones(2)}, {"b": 1}
+    checkpoint.save(tmp_path / "stage", *state)
+    (tmp_path / "stage" / name).write_text("")
+    assert checkpoint.load(tmp_path / "stage") is None
+    assert not (tmp_path / "stage").exists()
+    checkpoint.save(tmp_path / "stage", *state)
+    assert checkpoint.load(tmp_path / "stage")[1] == {"b": 1}
+    (tmp_path / "stage" / "notes.txt").write_text("mine")
+    assert checkpoint.load(tmp_path / "stage") is None
+    assert (tmp_path / "stage" / "notes.txt").exists()
+
+
 SCRIPT = """
 import os, signal, sys
 sys.path[:0] = [{tests!r}, {slim!r}]

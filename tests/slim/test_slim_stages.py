@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import socket
@@ -188,6 +189,45 @@ def test_a_regression_learns_in_standardised_units(tmp_path):
     assert slim.config.target_scale == original.network.config.target_scale
 
 
+def regressor():
+    """A classifier of one number, far from 0."""
+    import transformers
+
+    config = copy.deepcopy(toy.model().network.config)
+    config.num_labels = 1
+    torch.manual_seed(0)
+    given = transformers.BertForSequenceClassification(config).eval()
+    given.classifier.bias.data.fill_(46.0)
+    return from_classifier(given)
+
+
+def test_a_given_regression_keeps_its_answers_in_standardised_units(tmp_path):
+    task, given = toy.regression(), regressor()
+    ready = run(tmp_path, task=task, plan=toy.plan(classes=1), model=given)
+    original = ready.original()
+    y = [e.label for e in task.train]
+    assert original.network.config.target_mean == pytest.approx(sum(y) / len(y))
+    batch = {"input_ids": torch.tensor([[2, 5, 16, 3]]), "attention_mask": torch.ones(1, 4, dtype=torch.long)}
+    assert torch.allclose(original.network(**batch).logits, given(**batch).logits, atol=1e-4)
+    assert float(original.network.levels(**batch).logits[1].detach().abs()) < 3  # and not 46
+    assert original.key != ready.model_key
+    assert original.network.exits["1"].bias.item() != given.exits["1"].bias.item()
+
+
+def test_a_classifier_pools_as_it_was_trained(tmp_path):
+    plan = toy.plan(classes=1)
+    more = {"task": toy.regression(), "plan": plan, "model": regressor()}
+    assert run(tmp_path, toy.method(pooling="first"), **more).pooling == "first"
+    with pytest.raises(SettingsError, match="pools 'first', as it was trained"):
+        run(tmp_path, toy.method(pooling="mean"), **more)
+
+
+def test_a_process_trains_in_one_precision(tmp_path):
+    run(tmp_path)
+    with pytest.raises(SettingsError, match="bfloat16, and this process has begun to train in float32"):
+        run(tmp_path, toy.method(precision="bfloat16"))
+
+
 def test_exits_where_the_plan_has_them(tmp_path):
     plan = toy.plan(n_blocks=3, exits=[0])
     found = fitted(tmp_path, plan=plan, model=toy.model(3), length_factor=0.0003, n_cuts=1, save_every=0)
@@ -254,6 +294,21 @@ def test_each_input_makes_another_key(tmp_path):
         run(tmp_path, toy.method(pooling="mean")).model_key != ready.model_key,
     ]
     assert work == [True] * 6
+
+
+def test_the_pooling_that_a_folder_says_is_part_of_the_key(tmp_path):
+    network = toy.model().network
+    keys = {}
+    for name, says in (("first", "{}"), ("mean", '{"pooling_mode_mean_tokens": true}')):
+        network.save_pretrained(tmp_path / name)
+        (tmp_path / name / "1_Pooling").mkdir()
+        (tmp_path / name / "1_Pooling" / "config.json").write_text(says)
+        opened = toy.model(network=type(network).from_pretrained(tmp_path / name))
+        ready = run(tmp_path / "work", model=opened)
+        assert ready.pooling == name
+        keys[name] = ready.model_key
+    assert keys["first"] != keys["mean"]
+    assert keys["first"] == run(tmp_path / "work", toy.method(pooling="first"), model=opened).model_key
 
 
 # ---------------------------------------------------------------- switches
@@ -456,7 +511,9 @@ import torch
 torch.set_num_threads(1)
 import test_slim_stages as t
 found = t.fitted({folder!r}, model=t.still(), length_factor=0.001)
-if t.run({folder!r}, model=t.still()).accelerator.is_main_process:
+accelerator = t.run({folder!r}, model=t.still()).accelerator
+assert accelerator.num_processes == 2
+if accelerator.is_main_process:
     config = found.network.config
     json.dump([config.kept_heads, config.kept_neurons], open({folder!r} + ".json", "w"))
 """

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 
 from retouch.errors import SettingsError, UserError
 from retouch.slim.base import Budget, Plan, Size, SlimMethod, Widths, fraction
+from retouch.slim.published import paper, published
 from retouch.slim.widths import (
     base_cost,
     base_parameters,
     block_flops,
     cost,
     flops_ratio,
-    paper,
     parameters,
     plan_of,
     rank_limit,
@@ -122,6 +122,7 @@ def test_a_budget_reads_text_and_comes_back_from_its_values():
         ({"max_drop": 0.01, "params": "1/8"}, "max_drop .* cannot be joined with params"),
         ({"max_drop": 0.01, "flops": "1/8"}, "max_drop .* cannot be joined with flops"),
         ({"max_drop": 0.01, "params": 0.5, "flops": "1/8"}, "cannot be joined with params and flops"),
+        ({"max_drop": 0.01, "max_harm": 0.03}, "max_drop .* cannot be joined with max_harm"),
         ({}, "needs params, flops or max_drop"),
         ({"max_harm": 0.03}, "needs params, flops or max_drop"),
         ({"params": "1/8", "cost": "minutes"}, "cost must be 'flops' or 'seconds'; got 'minutes'"),
@@ -489,6 +490,22 @@ def test_nothing_leaves_below_the_first_exit():
     assert only_last.mean_depth == pytest.approx(6) and only_last.flops_ratio <= 1 / 12 + 1e-9
     with pytest.raises(UserError, match=r"flops 0\.0709 .* mean depth of 6 of 6 blocks"):
         search(MINILM, Budget("1/8", "1/19"), [32], exits=[])
+
+
+def test_exits_that_are_not_asked_serve_no_plan():
+    free, asked = (search(SMALL, Budget(flops=0.4), [20], asked=a) for a in (None, (1, 2)))
+    assert free.mean_depth < 2 <= asked.mean_depth
+    assert asked.widths.exits == (0, 1, 2)
+    with pytest.raises(UserError, match="first exit, after block 1"):
+        plan_of(SMALL, Widths.full(SMALL), [20], 0.4, (1, 2))
+
+
+def test_a_budget_names_published_widths():
+    assert published(BERT, Budget("1/4")) == Widths.uniform(BERT, 4, 512, 256)
+    assert published(BERT, Budget("1/8", "1/19"), [5]) == Widths.uniform(BERT, 2, 256, 128, [5])
+    assert published(MINILM, Budget("1/2")) == Widths.uniform(MINILM, 6, 768, 192)
+    assert published(BERT, Budget("1/10")) is None
+    assert published(BERT, Budget(flops="1/4")) is None
 
 
 def test_the_order_and_number_of_equal_lengths_do_not_matter():

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -78,6 +80,9 @@ def slim(
     ] = None,
     batch: Annotated[int, typer.Option(help="Texts at once (--predict).")] = 32,
     export: Annotated[Path | None, typer.Option(help="MODEL is slim: write ONNX stages to this folder.")] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="MODEL is slim: time it, and the export that --export names, on --test.")
+    ] = False,
     cuts: Annotated[str, typer.Option(help="Blocks after which a stage ends (--export): 1,3.")] = "",
     int8: Annotated[
         bool, typer.Option("--int8", help="Quantise the export; compared on the texts of --calib.")
@@ -93,47 +98,70 @@ def slim(
     """
     from ..errors import UserError
 
+    if (measure or predict is not None or export is not None or recalibrate) and not _speaks():
+        return
+    _only(context)
+    if measure:
+        _measure(model, test, export, json_)
+        return
     if predict is not None:
         _predict(model, predict, batch)
         return
     if export is not None:
-        _export(model, export, cuts, int8, calib, json_)
+        _export(model, export, cuts, int8, calib, keep_refused, json_)
         return
     from ..slim.api import Exiting
     from ..slim.base import Budget
 
     exiting = Exiting(rule, every, min_block, True, loss, "original", how, delta)
     if recalibrate:
-        _no_settings(context)
-        _recalibrate(model, calib or train, flops, max_harm, exiting, out or Path(model), keep_refused, json_)
+        _recalibrate(model, calib, flops, max_harm, exiting, out or Path(model), keep_refused, json_)
         return
     if train is None:
         raise UserError("--train is missing: the rows that the slim model learns from. See retouch slim --help.")
     if out is None:
         raise UserError("-o FOLDER is missing: where the slim model is to be.")
     _free(out)
+    _show.writable("--html", html, "matplotlib", "jinja2")
     from .. import registry
 
     chosen = method_of(context, registry.load("slim", method))
+    if chosen.name == "linear":
+        raise UserError("The method linear is a yardstick and is not saved: compare with it in retouch bench slim.")
     budget = Budget(params, flops, max_harm, max_drop, cost)
     from ..slim.api import fit
 
-    with _show.progress():
+    speaks = _speaks()
+    with _show.progress() if speaks else nullcontext():
         made = fit(
             model, train, valid, calib, test, budget=budget, method=chosen, exiting=exiting, folder=work,
             widths={k: v for k, v in {"heads": heads, "d_ff": d_ff, "rank": rank}.items() if v is not None},
-            metric=metric, max_train=max_train, seed=chosen.seed, told=_planned,
+            metric=metric, max_train=max_train, seed=chosen.seed, keep_refused=keep_refused,
+            told=_planned if speaks else None,
         )  # fmt: skip
+    if not speaks:
+        return
+    _shown(made, out, json_)
+    made.save(out, keep_refused=keep_refused, command=_command())
     if html is not None:
         from ..report import write_html
         from ..slim.pareto import report
 
         write_html(report(made), html)
-    _shown(made, out, json_)
-    made.save(out, keep_refused=keep_refused, command=shlex.join(["retouch", *sys.argv[1:]]))
     if not json_:
         _show.say(f"Saved as {out}.")
         _show.say(f'Next: echo "a text" | retouch slim {out} --predict -')
+
+
+def _command() -> str:
+    return shlex.join(["retouch", *sys.argv[1:]])
+
+
+def _speaks() -> bool:
+    """Say whether this process writes and speaks: of those of an `accelerate launch` the main one alone."""
+    from ..slim.processes import state
+
+    return bool(state().is_main_process)
 
 
 def _planned(plan: Plan, task: Task) -> None:
@@ -149,17 +177,52 @@ def _planned(plan: Plan, task: Task) -> None:
 
 
 def _free(out: Path) -> None:
+    """Refuse a place where a slim model cannot be saved, before any work."""
     from ..errors import UserError
+    from ..store import read_json, refuse_inside
 
-    if out.exists() and not (out / "retouch.json").is_file():
+    refuse_inside(out)
+    record = out / "retouch.json"
+    ours = record.is_file() and read_json(record).get("kind") == "slim"
+    if out.exists() and not ours and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} exists and is no slim model of ours. Name another folder.")
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise UserError(f"{out} cannot be made: {above} is no folder that can be written. Name another place.")
 
 
-def _no_settings(context: typer.Context) -> None:
+_JOBS = {
+    "measure": {"test", "export"},
+    "predict": {"batch"},
+    "export": {"cuts", "int8", "calib", "keep_refused"},
+    "recalibrate": {
+        *("calib", "flops", "max_harm", "rule", "loss", "how", "delta", "every", "min_block"),
+        *("out", "keep_refused"),
+    },
+}
+"""What is done with models that are slim, and which options have a say in it."""
+
+
+def _only(context: typer.Context) -> None:
+    """Refuse options that would do nothing."""
     from ..errors import UserError
 
-    if context.args:
-        raise UserError(f"There is no option {context.args[0]} for a model that is slim already.")
+    given = {p.name: max(p.opts, key=len) for p in context.command.params if p.name and _is_given(context, p.name)}
+    job = next((name for name in _JOBS if name in given), None)
+    if job is None:
+        surplus, where = set(given) & {"batch", "cuts", "int8"}, "where a model is made slim"
+    else:
+        surplus, where = set(given) - _JOBS[job] - {job, "model", "json_"}, f"with --{job}"
+        if context.args:
+            raise UserError(f"There is no option {context.args[0]} for a model that is slim already.")
+    if surplus:
+        names = ", ".join(sorted(given[name] for name in surplus))
+        raise UserError(f"Leave out {names}: it changes nothing {where}.")
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _shown(made: Slim, out: Path, json_: bool) -> None:
@@ -219,6 +282,35 @@ def _texts(lines: Any) -> Iterator[str | tuple[str, str]]:
         yield (first, second) if tab else first
 
 
+def _measure(model: str, test: str | None, export: Path | None, json_: bool) -> None:
+    from ..errors import UserError
+    from ..slim.timed import NO_ORIGINAL, timed
+
+    if test is None:
+        raise UserError("--measure needs --test: rows whose texts are like those that will be answered.")
+    texts = _texts_of(test, "test")
+    with _show.progress():
+        found = timed(model, texts, export=export, n_calls=max(50, min(500, len(texts))))
+    if json_:
+        _show.emit({"model": model, "export": export and str(export), "note": NO_ORIGINAL, **found.to_dict()})
+        return
+    columns = ["", "batch", "order", "calls", "p50, ms", "p95, ms", "texts a second"]
+    rows = [
+        [r.model, r.batch_size, r.order.replace("_", " "), r.n_calls, r.p50_ms, r.p95_ms, r.examples_per_second]
+        for r in found.rows
+    ]
+    _show.table(f"{len(texts):,} texts of {test}, one thread", columns, rows)
+    _show.say(NO_ORIGINAL)
+    if found.noisy:
+        _show.say("The machine was busy while times were taken: do not trust them, measure again.", "yellow")
+
+
+def _texts_of(source: str, split: str) -> list[str | tuple[str, str]]:
+    from ..slim.data import read
+
+    return [row.text if row.pair is None else (row.text, row.pair) for row in read(source, split).examples]
+
+
 def _recalibrate(
     model: str, calib: str | None, flops: str | None, max_harm: str | None, exiting: Exiting, out: Path,
     keep_refused: bool, json_: bool,
@@ -228,50 +320,48 @@ def _recalibrate(
 
     if calib is None:
         raise UserError("--recalibrate needs --calib: labelled rows that chose nothing else.")
+    _free(out)
     with _show.progress():
-        found = recalibrated(model, calib, flops=flops, max_harm=max_harm, exiting=exiting)
-    told = found.threshold.to_dict()
+        made = recalibrated(model, calib, flops=flops, max_harm=max_harm, exiting=exiting)
+    found = made.threshold
+    assert found is not None
     if json_:
-        _show.emit({"model": str(out), "threshold": told})
+        _show.emit({"model": str(out), "threshold": found.to_dict()})
     else:
-        _show.table(
-            f"Threshold of {model}", ["threshold", "cost", "blocks run"],
-            [[found.threshold.saved, found.threshold.cost, found.threshold.exit_layer]],
-        )  # fmt: skip
-        if found.threshold.certificate is not None:
-            _show.say(found.threshold.certificate.sentence())
-        if found.threshold.reason:
-            _show.say(found.threshold.reason, "yellow")
-    found.save(out, keep_refused=keep_refused)
+        columns = ["threshold", "cost", "blocks run"]
+        _show.table(f"Threshold of {model}", columns, [[found.saved, found.cost, found.exit_layer]])
+        if found.certificate is not None:
+            _show.say(found.certificate.sentence())
+        if found.reason:
+            _show.say(found.reason, "yellow")
+    made.save(out, keep_refused=keep_refused, command=_command())
 
 
-def _export(model: str, folder: Path, cuts: str, int8: bool, calib: str | None, json_: bool) -> None:
+def _export(
+    model: str, folder: Path, cuts: str, int8: bool, calib: str | None, keep_refused: bool, json_: bool
+) -> None:  # fmt: skip
     from ..errors import UserError
-    from ..slim.data import read
-    from ..slim.export import export
-    from ..slim.predict import open_classifier
-    from ..store import read_json
+    from ..slim.exporting import export_saved
+    from ..store import refuse_inside
 
-    classifier = open_classifier(model)
     try:
         blocks = [int(c) for c in cuts.split(",")] if cuts else None
     except ValueError:
         raise UserError(f"--cuts are block numbers with commas between, such as 1,3; got {cuts!r}.") from None
-    leaves = read_json(Path(model) / "retouch.json").get("leaves")
-    shares = {int(l): float(s) for l, s in leaves.items()} if leaves and blocks is None else None
     if int8 and calib is None:
         raise UserError("--int8 is compared with float32 before it is trusted: give --calib, a file of rows.")
-    texts = [r.text if r.pair is None else (r.text, r.pair) for r in read(calib).examples] if int8 and calib else ()
-    lost = sorted(set(classifier.network.widths.exits) - set(blocks or shares or classifier.network.widths.exits))
-    if lost and not json_:
-        _show.say(
-            f"note: exits after blocks {', '.join(map(str, lost))} are left out; --recalibrate for the rest.", "yellow"
-        )
+    refuse_inside(folder)
+    if (
+        folder.exists()
+        and not (folder / "exits.json").is_file()
+        and not (folder.is_dir() and not any(folder.iterdir()))
+    ):
+        raise UserError(f"{folder} exists and is no export. Name another folder.")
     with _show.progress():
-        made = export(
-            classifier.network, classifier.tokenizer, folder, cuts=blocks, shares=shares, int8=int8, texts=texts
-        )
+        made = export_saved(model, folder, cuts=blocks, int8=int8, calib=calib, keep_refused=keep_refused)
     if json_:
-        _show.emit({"folder": str(made.folder), "cuts": list(made.exits.cuts), "bytes": made.n_bytes})
-    else:
-        _show.say(str(made))
+        _show.emit(made.to_dict())
+        return
+    _show.say(str(made.exported))
+    for note in made.notes():
+        _show.say(note, "yellow" if made.stale else "")

@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from .._router import Router
+from ..router import Router
 from ._stages import quiet
 from .latency import call_router, measure
 
@@ -49,7 +49,7 @@ class Quantised:
             f"int8: {mib(self.bytes_int8)} instead of {mib(self.bytes_float32)}; {self.agreement:.1%} of "
             f"{self.n_texts} texts answered as by float32, {self.same_exit:.1%} at the same exit; {times:.2f}x {pace} "
             f"than float32{' (the machine was busy: measure again)' if self.noisy else ''}. Its answers depend on batch "
-            "mates and padding; fit temperatures and threshold on its own outputs."
+            "mates and padding."
         )
 
 

@@ -17,7 +17,7 @@ from ._classifier import SlimForSequenceClassification
 from ._config import SlimConfig
 from ._families import Family, family_of, plain
 
-__all__ = ["from_classifier", "from_encoder", "with_exits"]
+__all__ = ["from_classifier", "from_encoder", "pooling_of", "with_exits"]
 
 
 def from_encoder(
@@ -53,7 +53,7 @@ def from_encoder(
         network,
         network.base_model,
         exits=exits,
-        pooling=pooling or _pooling_of(network),
+        pooling=pooling or pooling_of(network),
         pooler=pooler,
         task="regression" if labels is None else "classification",
         names=names,
@@ -165,8 +165,8 @@ def _check_tokenizer(tokenizer: Any, config: Any) -> None:
         )
 
 
-def _pooling_of(network: Any) -> str:
-    """Read the pooling out of the folder, as sentence encoders keep it there."""
+def pooling_of(network: Any) -> str:
+    """Read the pooling out of the folder that an encoder was opened from, as sentence encoders keep it there."""
     from transformers.utils import cached_file
 
     source = str(getattr(network.config, "_name_or_path", "") or "")

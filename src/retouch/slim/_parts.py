@@ -16,6 +16,8 @@ from ..change import versions
 from ..model import Model
 from . import checkpoint
 from ._bag import Bag
+from ._originals import pooling_of
+from ._run import deciding
 from .api import Exiting, Slim
 from .base import Budget, SlimMethod
 from .data import Task, digest
@@ -28,7 +30,7 @@ from .table import Costs, Table
 
 __all__ = ["Part", "keep", "part_key", "recall"]
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,16 +64,10 @@ def part_key(
     source: Source, task: Task, method: SlimMethod, budget: Budget, exiting: Exiting, **more: Any
 ) -> str:  # fmt: skip
     """Make the key of everything that decides a part."""
-    model = source.model
-    weights = (
-        model.fingerprint
-        if isinstance(model, Model)
-        else {name: store.digest_tensor(tensor) for name, tensor in model.state_dict().items()}
-    )
     splits = {split: digest(getattr(task, split)) for split in ("train", "valid", "calib", "test")}
     return store.key(
         format=_FORMAT,
-        model=weights,
+        model=_source_key(source),
         task=[task.name, task.labels, task.metric, splits],
         method=[method.name, method.to_dict()],
         budget=budget.to_dict(),
@@ -80,6 +76,18 @@ def part_key(
         versions=versions(),
         more=more,
     )
+
+
+def _source_key(source: Source) -> str:
+    """Of a model and of how texts become its input."""
+    model, tokenizer = source.model, source.tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = tokenizer.get_vocab() if backend is None else backend.to_str()
+    words = store.key(rules=rules, special=tokenizer.special_tokens_map, side=tokenizer.truncation_side)
+    if isinstance(model, Model):
+        return store.key(model=model.fingerprint, pooling=pooling_of(model.network), words=words)
+    weights = {name: store.digest_tensor(tensor) for name, tensor in model.state_dict().items()}
+    return store.key(model=weights, config=deciding(model), words=words)
 
 
 def keep(folder: Path, slim: Slim, task: Task, *, timed: bool, with_original: bool) -> Part:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,12 +17,14 @@ from ..bound import Multiplier
 from ..errors import SettingsError, UserError
 from ..model import Model
 from . import checkpoint
+from ._originals import pooling_of
 from .base import Plan, SlimMethod, Widths
 from .cutting import Scoring, cut, token_counts
 from .data import Task
 from .encoded import Encoded, encode, order, padded
 from .network import SlimForSequenceClassification
 from .presets import Stage, Stages, TrainingSettings, stages
+from .processes import state
 from .schedule import steps, timetable
 from .teaching import Teacher, answers, qualities
 from .training import Course, train
@@ -157,10 +159,18 @@ class BaseRun:
     def model_key(self) -> str:
         """Of the model as it was opened, and of how its exits read it."""
         if isinstance(self.model, Model):
-            return store.key(model=self.model.fingerprint, pooling=self.settings.pooling)
-        config = {k: v for k, v in checkpoint.plain_config(self.model).items() if k not in _NOT_WEIGHTS}
+            found = self.settings.pooling == "auto" and self.pooling == "mean"  # its old word: such stages stay valid
+            return store.key(model=self.model.fingerprint, pooling="auto" if found else self.pooling)
+        config = deciding(self.model)
         weights = {name: store.digest_tensor(tensor) for name, tensor in self.model.state_dict().items()}
         return store.key(config=config, weights=weights)
+
+    @cached_property
+    def pooling(self) -> str:
+        """How exits read: as the settings say, or as the opened model does."""
+        if isinstance(self.model, SlimForSequenceClassification):
+            return str(self.model.config.pooling)
+        return pooling_of(self.model.network) if self.settings.pooling == "auto" else self.settings.pooling
 
     @cached_property
     def counts(self) -> Tensor:
@@ -314,9 +324,21 @@ class BaseRun:
                 f"The classifier tells {self.model.size.classes} classes apart and task {name!r} has {classes}. Give "
                 "the encoder that it was trained from, or a task with its labels."
             )
+        if self.settings.pooling not in ("auto", self.pooling):
+            raise SettingsError(
+                f"pooling is {self.settings.pooling!r}, and the classifier that is made slim pools {self.pooling!r}, as it "
+                "was trained. Leave pooling out, or give the encoder."
+            )
+        if getattr(self.method, "constrained", False):
+            self._price(1.0)  # it needs a limit
 
 
 _NOT_WEIGHTS = {"_name_or_path", "transformers_version", "architectures", "dtype"}
+
+
+def deciding(network: SlimForSequenceClassification) -> dict[str, Any]:
+    """Return what a classifier's configuration says that decides what it answers."""
+    return {k: v for k, v in checkpoint.plain_config(network).items() if k not in _NOT_WEIGHTS}
 
 
 def _digest(encoded: Encoded) -> str:
@@ -328,11 +350,42 @@ def _digest(encoded: Encoded) -> str:
     return found.hexdigest()
 
 
-def _accelerator(precision: str) -> Accelerator:
-    from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+def mixed_precision(precision: str) -> str:
+    """Return Accelerate's word for a setting of precision, where this process runs.
 
-    gpu = PartialState().device.type == "cuda"
-    bf16 = precision == "bfloat16" or (precision == "auto" and gpu)
+    Raises:
+        SettingsError: This process has begun with another one.
+    """
+    from accelerate.state import AcceleratorState
+
+    bf16 = precision == "bfloat16" or (precision == "auto" and state().device.type == "cuda")
+    word, begun = "bf16" if bf16 else "no", AcceleratorState._shared_state.get("_mixed_precision")
+    if begun not in (None, word):
+        names = {"no": "float32", "bf16": "bfloat16"}
+        raise SettingsError(
+            f"precision is {names[word]}, and this process has begun to train in {names.get(begun, begun)}; it can train "
+            "in one only. Run the two one after the other, each in a process of its own."
+        )
+    return word
+
+
+def one_precision(methods: Iterable[SlimMethod]) -> None:
+    """Refuse methods that one process cannot train.
+
+    Raises:
+        SettingsError: They have two precisions, or another one than this process has begun with.
+    """
+    words = {mixed_precision(m.precision): m.precision for m in methods if isinstance(m, TrainingSettings)}
+    if len(words) > 1:
+        raise SettingsError(
+            f"precision must be the same for all methods of a bench, whose process trains in one only; got "
+            f"{' and '.join(words.values())}."
+        )
+
+
+def _accelerator(precision: str) -> Accelerator:
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+
     # an exit has no gradient in a stage that compares hidden states only
     joined = DistributedDataParallelKwargs(find_unused_parameters=True)
-    return Accelerator(mixed_precision="bf16" if bf16 else "no", kwargs_handlers=[joined])
+    return Accelerator(mixed_precision=mixed_precision(precision), kwargs_handlers=[joined])

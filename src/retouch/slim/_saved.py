@@ -44,9 +44,19 @@ def save(
         with quiet():
             network.save_pretrained(target)
         if tokenizer is not None:
-            tokenizer.save_pretrained(target)
+            _save_tokenizer(tokenizer, target, (record or {}).get("max_tokens"))
         (target / "retouch.json").write_text(text + "\n", encoding="utf-8")
         (target / "README.md").write_text(card or _card(network), encoding="utf-8")
+
+
+def _save_tokenizer(tokenizer: Any, target: Path, max_tokens: int | None) -> None:
+    """Write a tokenizer that cuts where the model's training did, for users of transformers' own pipelines."""
+    usual = tokenizer.model_max_length
+    tokenizer.model_max_length = max_tokens or usual
+    try:
+        tokenizer.save_pretrained(target)
+    finally:
+        tokenizer.model_max_length = usual
 
 
 def open_slim(path: str | Path) -> SlimForSequenceClassification:

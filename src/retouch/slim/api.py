@@ -9,55 +9,32 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .. import registry
+from ..bound import Certificate
 from ..errors import UserError
+from ._asked import Exiting, check, planned, risk_of, task_of
 from .base import Budget, Plan, SlimMethod
-from .data import Task, make_task
+from .data import Task
 from .encoded import encode
 from .network import save
-from .opening import Source, named_labels, open_source
-from .points import Point, curve, leavers, point
+from .opening import Source, open_source
+from .points import USUAL_TOKENS, Point, curve, flops_at, leavers, point
 from .predict import Classifier
 from .presets import TrainingSettings
 from .readings import Tables
-from .risk import Risk
 from .rules import Rule
 from .stages import Fitted
 from .stages import fit as fit_method
 from .table import Table, fit_temperatures, grid, unsure
 from .thresholds import Likeness, Threshold, choose, likeness
-from .widths import search
 
 __all__ = ["LADDER", "Exiting", "Slim", "calibrated", "fit"]
 
 _log = logging.getLogger(__name__)
 LADDER = (1 / 2, 1 / 3, 1 / 4, 1 / 6, 1 / 8, 1 / 12, 1 / 16)
 """Shares of the parameters that `max_drop` tries, from the largest down to the first that does not hold."""
-
-
-@dataclass(frozen=True)
-class Exiting:
-    """How the threshold is chosen and proved.
-
-    Args:
-        rule: See `retouch.slim.rules.Rule`.
-        every: Likewise.
-        min_block: Likewise.
-        temperatures: Whether each exit's probabilities are fitted to the validation set first.
-        loss: What counts as harm; see `retouch.slim.risk.Risk`. On a regression always ``flip``.
-        reference: What early answers are compared with.
-        how: How the limit is certified.
-        delta: Probability of a wrong certificate.
-    """
-
-    rule: str = ""
-    every: int = 1
-    min_block: int = 0
-    temperatures: bool = True
-    loss: Any = "gap"
-    reference: Any = "original"
-    how: Any = "ucb"
-    delta: float = 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +55,8 @@ class Slim:
         likeness: How alike those that chose it and those measured are.
         shown: Texts that left early and late.
         record: How it was made, as plain values.
+        fitted: The networks that were trained.
+        spent_128: By block, the FLOPs of a text of 128 tokens that leaves after it, as a share of the original's.
     """
 
     classifier: Classifier
@@ -94,11 +73,17 @@ class Slim:
     shown: Mapping[str, list[dict[str, Any]]]
     record: Mapping[str, Any] = field(repr=False)
     fitted: Fitted | None = field(default=None, repr=False)
+    spent_128: tuple[float, ...] = ()
 
     @property
     def passed(self) -> bool:
         """Whether what was asked of the threshold holds."""
         return self.threshold is None or self.threshold.reachable
+
+    @property
+    def flops_ratio_128(self) -> float:
+        """What the point costs if every text has 128 tokens and leaves where it does, as papers count."""
+        return flops_at(self.point, self.spent_128)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything that was measured as plain values that JSON can hold."""
@@ -111,6 +96,8 @@ class Slim:
             "quality_base": self.quality_base,
             "measured_on": self.measured_on,
             **{k: v for k, v in self.point.to_dict().items() if k != "threshold"},
+            "flops_ratio_128": self.flops_ratio_128,
+            "spent_128": list(self.spent_128),
             "max_tokens": self.classifier.max_tokens,
             "threshold": None if self.threshold is None else self.threshold.to_dict(),
             "passed": self.passed,
@@ -156,13 +143,15 @@ def fit(
     ladder: Sequence[float] = LADDER,
     settings: Mapping[str, Any] | None = None,
     told: Callable[[Plan, Task], None] | None = None,
+    keep_refused: bool = True,
     **data: Any,
 ) -> Slim:
     """Make a classifier slim within a budget.
 
     Args:
         source: A fine-tuned classifier or a bare encoder: a folder, a hub id, a bundled name, or one that is open.
-        train: A file, a folder, a data set's id, or rows; see `make_task`. A `Task` is taken as it is.
+        train: A file, a folder, a data set's id, or rows; see `make_task`. A `Task` is taken as it is; then
+            nothing else about data can be given.
         valid: See `make_task`.
         calib: See `make_task`.
         test: See `make_task`.
@@ -175,58 +164,26 @@ def fit(
         ladder: Shares of the parameters that `max_drop` walks down.
         settings: Settings of a method that is given by its name.
         told: Is shown each plan before it is trained.
+        keep_refused: Train also where the calibration rows are too few to show the limit whatever comes out.
         **data: More arguments of `make_task`.
 
     Raises:
         UserError: Data, model and budget do not fit each other; the message says where.
+        BoundRefused: The limit cannot be shown, and `keep_refused` is off.
         RetouchError: Training diverged.
     """
     opened = source if isinstance(source, Source) else open_source(source)
-    task = train if isinstance(train, Task) else _task(opened, train, valid, calib, test, data)
+    task = task_of(opened, train, valid, calib, test, data)
     limits = budget if isinstance(budget, Budget) else Budget(**budget)
     made = method if isinstance(method, SlimMethod) else registry.make("slim", method, **(settings or {}))
-    ask = exiting or Exiting()
-    _check(task, limits, ask)
+    ask, fixed = exiting or Exiting(), dict(widths or {})
     if limits.max_drop is not None:
-        return _smallest(opened, task, limits, made, ask, exits, folder, ladder, told)
-    size, lengths = opened.size(task.labels), _lengths(opened, task, made)
-    plan = search(size, limits, lengths, exits, **dict(widths or {}))
+        return _smallest(opened, task, limits, made, ask, exits, fixed, folder, ladder, told, keep_refused)
+    check(task, limits, ask, keep_refused=keep_refused)
+    plan = planned(opened.size(task.labels), limits, _lengths(opened, task, made), exits, ask, made, fixed)
     if told is not None:
         told(plan, task)
     return _made(opened, task, limits, plan, made, ask, folder)
-
-
-def _task(opened: Source, train: Any, valid: Any, calib: Any, test: Any, data: Mapping[str, Any]) -> Task:
-    if opened.labels is None or data.get("labels"):
-        return make_task(train, valid, calib, test, **data)
-    found = make_task(train, valid, calib, test, **data)
-    if found.labels is None:
-        raise UserError(
-            f"{opened.name} tells classes apart ({', '.join(opened.labels)}), and the data has numbers to predict."
-        )
-    return make_task(train, valid, calib, test, **data, labels=named_labels(opened.labels, found.labels))
-
-
-def _check(task: Task, budget: Budget, ask: Exiting) -> None:
-    """Name what would fail only after the training."""
-    if task.labels is None and ask.rule not in ("", "patience", "delta"):
-        raise UserError(
-            f"rule must be 'patience' or 'delta' for a regression, whose exits give no probabilities; got {ask.rule!r}."
-        )
-    if task.labels is None and ask.loss != "gap" and ask.loss != "flip":
-        raise UserError(f"loss must be 'flip' for a regression, which is neither right nor wrong; got {ask.loss!r}.")
-    wanted = (budget.flops, budget.max_harm, budget.max_drop)
-    if any(w is not None for w in wanted) and not task.calib:
-        raise UserError(
-            "A threshold is chosen on calibration rows, and there are none. Give some, or let them be drawn from train."
-        )
-    limit = budget.max_harm if budget.max_drop is None else budget.max_drop
-    if limit is not None:
-        _risk(task, limit, ask)
-
-
-def _risk(task: Task, limit: float, ask: Exiting) -> Risk:
-    return Risk(limit, "flip" if task.labels is None else ask.loss, ask.reference, ask.how, delta=ask.delta)
 
 
 def _lengths(opened: Source, task: Task, method: SlimMethod) -> tuple[int, ...]:
@@ -241,17 +198,24 @@ def _max_tokens(method: SlimMethod) -> int:
 
 def _smallest(
     opened: Source, task: Task, budget: Budget, method: SlimMethod, ask: Exiting, exits: Sequence[int] | None,
-    folder: str | Path | None, ladder: Sequence[float], told: Callable[[Plan, Task], None] | None,
+    widths: Mapping[str, int | None], folder: str | Path | None, ladder: Sequence[float],
+    told: Callable[[Plan, Task], None] | None, keep_refused: bool,
 ) -> Slim:  # fmt: skip
     """Walk down the ladder to the last share that holds the drop.
 
-    From the largest share down and never past a failure, so that the certificates hold together.
+    Each share is certified at delta over their number, so that all certificates hold together and the last one that
+    was given may be chosen.
     """
+    shares = sorted(set(ladder), reverse=True)
+    if not shares:
+        raise UserError("The ladder of shares is empty.")
+    each = replace(ask, delta=ask.delta / len(shares))
+    check(task, budget, each, keep_refused=keep_refused)
     best: Slim | None = None
     size, lengths = opened.size(task.labels), _lengths(opened, task, method)
-    for share in sorted(ladder, reverse=True):
+    for share in shares:
         try:
-            plan = search(size, Budget(params=share), lengths, exits)
+            plan = planned(size, Budget(params=share), lengths, exits, each, method, widths)
         except UserError:
             if best is None:
                 raise
@@ -259,14 +223,21 @@ def _smallest(
         if told is not None:
             told(plan, task)
         within = Budget(params=share, max_harm=budget.max_drop, cost=budget.cost)
-        found = _made(opened, task, within, plan, method, ask, folder)
+        found = replace(_made(opened, task, within, plan, method, each, folder), budget=budget)
         _log.info("1/%.3g of the parameters: %s", 1 / share, "holds" if found.passed else "does not hold")
         if not found.passed:
-            return best or replace(found, budget=budget)
-        best = replace(found, budget=budget)
-    if best is None:
-        raise UserError("The ladder of shares is empty.")
-    return best
+            return found if best is None else _chosen(best, ask.delta)
+        best = found
+    assert best is not None
+    return _chosen(best, ask.delta)
+
+
+def _chosen(best: Slim, delta: float) -> Slim:
+    """State the certificate at the confidence with which those of all shares hold together."""
+    at = best.threshold
+    if at is None or not isinstance(at.certificate, Certificate):
+        return best
+    return replace(best, threshold=replace(at, certificate=replace(at.certificate, confidence=1 - delta)))
 
 
 def _made(
@@ -292,7 +263,7 @@ def calibrated(
     network, max_tokens = fitted.network, _max_tokens(method)
     tables = Tables(fitted, tokenizer, task, max_tokens)
     valid = tables.of("valid")
-    rule = _rule(task, ask, valid)
+    rule = ask.rule_for(task, fit_temperatures(valid) if ask.temperatures and task.labels is not None else None)
     lambdas = grid(valid, rule)
     threshold = _threshold(tables, task, budget, rule, lambdas, ask, plan)
     network.config.rule, network.config.every, network.config.min_block = rule.name, rule.every, rule.min_block
@@ -301,6 +272,7 @@ def calibrated(
     split = "test" if task.test else "calib" if task.calib else "valid"
     table, base = tables.of(split), tables.base(split)
     costs = tables.costs(split, rule)
+    blocks = np.tile(np.arange(table.n_blocks), (table.n, 1))
     asked = 0.0 if threshold is None else threshold.saved
     at = point(table, rule, asked, costs, task.metric, base)
     return Slim(
@@ -318,13 +290,8 @@ def calibrated(
         _shown(task, split, table, rule, asked),
         record,
         fitted,
+        tuple(tables.costs(split, rule, USUAL_TOKENS).ratios(blocks)[0].tolist()),
     )
-
-
-def _rule(task: Task, ask: Exiting, valid: Table) -> Rule:
-    name = ask.rule or ("delta" if task.labels is None else "entropy")
-    fitted = fit_temperatures(valid) if ask.temperatures and task.labels is not None else None
-    return Rule(name, fitted, ask.every, ask.min_block)
 
 
 def _threshold(
@@ -332,7 +299,7 @@ def _threshold(
 ) -> Threshold | None:
     if budget.flops is None and budget.max_harm is None:
         return None
-    risk = None if budget.max_harm is None else _risk(task, budget.max_harm, ask)
+    risk = None if budget.max_harm is None else risk_of(task, budget.max_harm, ask)
     calib = tables.of("calib")
     costs = tables.costs("calib", rule) if budget.cost == "flops" else tables.seconds("calib")
     return choose(

@@ -73,7 +73,7 @@ class Budget:
         params: Most parameters, as a share of the original's; None: not limited.
         flops: Most FLOPs on average, as a share of the original's; None: not limited, so every block runs.
         max_harm: Most harm that the certificate allows, between 0 and 1; None: no certificate.
-        max_drop: In place of `params` and `flops`: the smallest model whose quality falls by at most this much.
+        max_drop: In place of all of these: the smallest model whose quality falls by at most this much.
         cost: What `flops` is a share of when thresholds are chosen: ``"flops"``, or measured ``"seconds"``.
 
     Raises:
@@ -108,11 +108,12 @@ class Budget:
     def _check(self) -> None:
         if self.cost not in ("flops", "seconds"):
             raise UserError(f"cost must be 'flops' or 'seconds'; got {self.cost!r}.")
-        sizes = [name for name in ("params", "flops") if getattr(self, name) is not None]
-        if self.max_drop is not None and sizes:
+        given = [name for name in ("params", "flops", "max_harm") if getattr(self, name) is not None]
+        sizes = [name for name in given if name != "max_harm"]
+        if self.max_drop is not None and given:
             raise UserError(
-                f"max_drop looks for the smallest model itself, so it cannot be joined with {' and '.join(sizes)}. "
-                "Give either max_drop or sizes (a certificate beside sizes is max_harm)."
+                "max_drop looks for the smallest model itself and certifies its own limit, so it cannot be joined with "
+                f"{' and '.join(given)}. Give either max_drop or sizes (a certificate beside sizes is max_harm)."
             )
         if self.max_drop is None and not sizes:
             raise UserError("A budget needs params, flops or max_drop, for example params 1/8 and flops 1/19.")

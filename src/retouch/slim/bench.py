@@ -17,8 +17,10 @@ from ..report import Table as Sheet
 from ..report import write_html
 from ..settings import from_flags
 from . import checkpoint
+from ._asked import task_of
 from ._parts import Part, keep, part_key, recall
-from .api import Exiting, _task, fit
+from ._run import one_precision
+from .api import Exiting, fit
 from .base import Budget, SlimMethod
 from .data import Task
 from .encoded import encode
@@ -26,7 +28,7 @@ from .latency import Call, Latency, _machine, call_network, measure
 from .opening import Source, open_source
 from .paired import Difference, Draws, compare, draw
 from .pareto import BASE, apart, called, interval, operating, points_of, report
-from .points import Point, area, best_so_far
+from .points import Point, area, best_so_far, flops_at
 from .table import leaving
 
 __all__ = ["METHODS", "parse_methods", "parse_seeds", "read_task", "run"]
@@ -84,7 +86,7 @@ def read_task(source: Source, data: str | Path, **more: Any) -> Task:
     Raises:
         UserError: The rows cannot be used, or do not fit the model.
     """
-    return _task(source, data, None, None, None, more)
+    return task_of(source, data, None, None, None, more)
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,10 +118,8 @@ class _Bench:
         method = replace(self.methods[name], seed=seed)
         timed = self.timed and seed == self.seeds[0]
         with_original = timed and name == next(iter(self.methods))
-        exits = None if self.exits is None else list(self.exits)
-        key = part_key(
-            self.source, self.task, method, self.budget, self.exiting, exits=exits, kept=[timed, with_original]
-        )
+        more = {"exits": None if self.exits is None else list(self.exits), "kept": [timed, with_original]}
+        key = part_key(self.source, self.task, method, self.budget, self.exiting, **more)
         found = recall(self.kept / key)
         if found is not None and not (timed and found.network is None):
             return found
@@ -185,8 +185,7 @@ def run(
         UserError: There are no test rows, no method or no seed, or the budget names no size.
     """
     _check(task, methods, budget, seeds)
-    opened = source if isinstance(source, Source) else open_source(source)
-    kept = out.with_name(out.name + ".partial")
+    opened, kept = source if isinstance(source, Source) else open_source(source), out.with_name(out.name + ".partial")
     bench = _Bench(
         opened,
         task,
@@ -231,6 +230,7 @@ def _check(task: Task, methods: Mapping[str, SlimMethod], budget: Budget, seeds:
         )
     if not methods or not seeds or len(set(seeds)) < len(seeds):
         raise UserError(f"A bench needs methods and seeds, each once; got {list(methods)} and {list(seeds)}.")
+    one_precision(methods.values())
     if budget.max_drop is not None:
         raise UserError(
             "max_drop looks for a size of its own for each method. A bench compares at one: give params, flops."
@@ -307,6 +307,7 @@ def _measured(part: Part, at: Point) -> Row:
         "quality_kept": at.quality_kept,
         "params_ratio": part.record["params_ratio"],
         "flops_ratio": at.flops_ratio,
+        "flops_ratio_128": flops_at(at, part.record["spent_128"]),
         "exit_layer": at.exit_layer,
     }
 

@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..change import versions
-from ..report import Table, _mark, _mark_table
+from ..report import Table, mark, mark_table
+from .points import USUAL_TOKENS
 
 if TYPE_CHECKING:
     from .api import Slim
 
 __all__ = ["card", "exits_table", "measured", "sentences", "sizes_table"]
 
-_TOKENS = 128
-"""Length at which FLOPs are told in full, the one that is usual in papers."""
 _HUB = re.compile(r"[\w.-]+/[\w.-]+")
 _SPLITS = {
     "test": "test rows, which chose nothing",
@@ -35,25 +34,25 @@ def card(slim: Slim, command: str = "") -> str:
     """
     parts = [
         _header(slim),
-        f"# {_mark(_title(slim))}",
-        _mark(_summary(slim)),
+        f"# {mark(_title(slim))}",
+        mark(_summary(slim)),
         *_section("Size and cost", sizes_table(slim)),
         *_section("Quality", _quality_table(slim), measured(slim)),
         *_section("Exits", exits_table(slim), _exits_caption(slim)),
         "## Threshold",
-        *map(_mark, sentences(slim)),
+        *map(mark, sentences(slim)),
         "## How to open it",
         _OPEN,
         "## How it was made",
         _made(slim, command),
         "## Limits",
-        "\n".join(f"- {_mark(limit)}" for limit in _limits(slim)),
+        "\n".join(f"- {mark(limit)}" for limit in _limits(slim)),
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def _section(title: str, table: Table, caption: str = "") -> list[str]:
-    return [f"## {title}", "\n".join(_mark_table(table)), *([_mark(caption)] if caption else [])]
+    return [f"## {title}", "\n".join(mark_table(table)), *([mark(caption)] if caption else [])]
 
 
 # ---------------------------------------------------------------- the header
@@ -111,11 +110,13 @@ def sizes_table(slim: Slim) -> Table:
     network, size = slim.classifier.network, slim.plan.size
     n = sum(p.numel() for p in network.parameters())
     widths, last = network.widths, network.size.blocks - 1
-    flops = cost(network.size, widths, _TOKENS, last), base_cost(size, _TOKENS)
+    flops = cost(network.size, widths, USUAL_TOKENS, last), base_cost(size, USUAL_TOKENS)
+    usual = slim.flops_ratio_128
     rows = (
         ("parameters", f"{round(n / slim.plan.params_ratio):,}", f"{n:,}", _times(slim.plan.params_ratio)),
         ("FLOPs a text, measured mean", "1", f"{slim.point.flops_ratio:.4f}", _times(slim.point.flops_ratio)),
-        (f"MFLOPs, {_TOKENS} tokens, all blocks", f"{flops[1] / 1e6:,.0f}", f"{flops[0] / 1e6:,.0f}",
+        (f"FLOPs, every text {USUAL_TOKENS} tokens", "1", f"{usual:.4f}", _times(usual)),
+        (f"MFLOPs, {USUAL_TOKENS} tokens, all blocks", f"{flops[1] / 1e6:,.0f}", f"{flops[0] / 1e6:,.0f}",
          _times(flops[0] / flops[1])),
         ("blocks", str(size.blocks), str(network.size.blocks), ""),
         ("blocks that ran, mean", str(size.blocks), f"{slim.point.exit_layer:.2f}", ""),
@@ -174,6 +175,8 @@ def sentences(slim: Slim) -> list[str]:
     told += [proof.sentence() for proof in (found.certificate, found.cost_certificate) if proof is not None]
     if found.certificate is None:
         told.append("No limit of harm was asked for, so no harm is certified.")
+    if found.certificate is not None and "recalibrated_on" in slim.record:
+        told.append("Harm is measured against the slim model itself at full depth: the original was not at hand.")
     told += [found.reason] if found.reason else []
     return told + ([] if slim.likeness is None else [slim.likeness.sentence()])
 
@@ -183,7 +186,7 @@ import retouch.slim  # registers the model with the Auto classes
 from transformers import pipeline
 
 classify = pipeline("text-classification", model="FOLDER")
-print(classify(["a text", "another one"]))
+print(classify(["a text", "another one"], truncation=True))
 ```
 
 Line after line, with the exit that each text took:
@@ -199,12 +202,14 @@ def _made(slim: Slim, command: str) -> str:
     rows: Mapping[str, int] = slim.record["task"].get("recipe", {}).get("rows", {})
     lines = [f"Method {slim.method.name}: {settings}", f"Asked for: {asked}"]
     lines += [f"Rows: {', '.join(f'{split} {n:,}' for split, n in rows.items())}"] if rows else []
+    if chosen := slim.record.get("recalibrated_on"):
+        lines.append(f"Threshold chosen anew, without training, on the {chosen['rows']:,} rows of {chosen['file']}")
     if "seconds_training" in slim.record:
         lines.append(
             f"Training took {slim.record['seconds_training']:,.0f} s; finished stages that were at hand took none"
         )
     lines += [" ".join(one) for one in versions().items()]
-    shown = "\n".join(f"- {_mark(line)}" for line in lines)
+    shown = "\n".join(f"- {mark(line)}" for line in lines)
     return f"{_block(command)}\n\n{shown}" if command else shown
 
 

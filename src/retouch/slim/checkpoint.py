@@ -30,6 +30,7 @@ __all__ = [
 
 _NUMBERS = "state.safetensors"
 _REST = "state.json"
+_OURS = {_NUMBERS, _REST, "manifest.json"}
 _CPU, _GPU = "generator.cpu", "generator.device"
 
 
@@ -50,7 +51,7 @@ def save(folder: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) 
 
 
 def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """Read a state, or None where there is none, or it is damaged or made by something else."""
+    """Read a state, or None where there is none, or it is damaged; then it is removed, to be made again."""
     try:
         store.recover(folder)
         if not folder.is_dir():
@@ -58,7 +59,9 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         store.check_folder(folder)
         return store.load_tensors(folder / _NUMBERS), store.read_json(folder / _REST)
     except StoreError:
-        return None  # it is made again, from the state before it
+        if folder.is_dir() and {path.name for path in folder.iterdir()} <= _OURS:
+            remove(folder)  # without a manifest it could not be written over
+        return None
 
 
 def remove(folder: Path) -> None:

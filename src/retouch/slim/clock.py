@@ -4,14 +4,51 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
 
 from .network import SlimForSequenceClassification
 
-__all__ = ["block_seconds", "whole_seconds"]
+__all__ = ["between", "block_seconds", "spread", "whole_seconds"]
+
+
+def spread(lengths: ArrayLike, size: int = 32, n: int = 5) -> list[list[int]]:
+    """Choose batches to time, from the shortest examples to the longest: rows of similar length, as served.
+
+    Args:
+        lengths: Tokens of each example.
+        size: Examples a batch.
+        n: Batches at most; of batches of equal mean length one is enough.
+
+    Example:
+        >>> spread([5, 1, 9, 3], size=2, n=2)
+        [[1, 3], [0, 2]]
+    """
+    tokens = np.asarray(lengths)
+    rows = np.argsort(tokens, kind="stable")
+    starts = np.linspace(0, max(0, len(rows) - size), n).round().astype(int)
+    found = {float(tokens[rows[i : i + size]].mean()): rows[i : i + size].tolist() for i in starts}
+    return list(found.values())
+
+
+def between(lengths: ArrayLike, at: Sequence[float], seconds: Sequence[ArrayLike]) -> NDArray[np.float64]:
+    """Read each example's seconds off those of the timed lengths around its own, (examples, ...).
+
+    Args:
+        lengths: Tokens of each example.
+        at: Mean length of each timed batch, ascending.
+        seconds: What an example of it took, by block.
+
+    Example:
+        >>> between([10, 15, 40], [10, 20], [[1.0, 2.0], [2.0, 4.0]]).tolist()
+        [[1.0, 2.0], [1.5, 3.0], [2.0, 4.0]]
+    """
+    columns = np.asarray(seconds, dtype=np.float64).T
+    return np.stack([np.interp(np.asarray(lengths, dtype=float), at, column) for column in columns], axis=1)
 
 
 def block_seconds(

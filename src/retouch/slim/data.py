@@ -151,7 +151,7 @@ def make_task(
         "train": _at(rows["train"], kept)
     }
     parts |= {split: _at(rows["train"], getattr(held, split)) for split in counts if split not in rows}
-    _check_left(rows["train"], parts["train"], names)
+    _check_left(rows["train"], parts, names)
     title = name or title
     if len(kept) < len(held.train):
         title += f"-{len(kept) // 1000}k" if len(kept) % 1000 == 0 else f"-{len(kept)}"
@@ -276,15 +276,27 @@ def _classes(train: Rows, labels: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(sorted(seen, key=lambda label: (numbers[label] or 0.0, label)))
 
 
-def _check_left(train: Sequence[Example], left: Sequence[Example], names: tuple[str, ...] | None) -> None:
+def _check_left(
+    train: Sequence[Example], parts: Mapping[str, Sequence[Example]], names: tuple[str, ...] | None
+) -> None:
     """Check what is left to train on, and say which classes it has no more."""
+    left = parts["train"]
     for rows, where in ((train, "the training rows"), (left, "the training rows that are left")):
         seen = {example.label for example in rows}
         if len(seen) == 1:
             only = seen.pop()
             name = only if names is None else names[int(only)]
             raise UserError(f"All labels of {where} are {name!r}: there is nothing to tell apart.")
-    if names is not None and (gone := sorted({int(e.label) for e in train} - {int(e.label) for e in left})):
+    if names is None:
+        return
+    learnt = {int(e.label) for e in left}
+    for split in ("valid", "calib", "test"):
+        if unknown_ := sorted({int(e.label) for e in parts[split]} - learnt):
+            raise UserError(
+                f"{split} has rows of {few([names[i] for i in unknown_])}, and no training row of it is left after the "
+                "draws. Give more rows of it, keep more (max_train), or leave the class out."
+            )
+    if gone := sorted({int(e.label) for e in train} - learnt):
         _log.warning("No training row of %s is left after the draws.", few([names[i] for i in gone]))
 
 

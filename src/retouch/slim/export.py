@@ -1,6 +1,6 @@
 """Write a slim model as one ONNX file a stage, so that a service without torch can stop after any of them.
 
-A stage is the blocks up to a cut, and the exit there. ``exits.json`` says who leaves where; `retouch._router` serves the
+A stage is the blocks up to a cut, and the exit there. ``exits.json`` says who leaves where; `retouch.router` serves the
 folder. One graph that decides inside itself would decide for a whole batch, so there is none.
 """
 
@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from .._exits import Exits, read_exits, stage_name
-from .._router import open_router
 from ..change import versions
 from ..errors import UserError
 from ..progress import track
+from ..router import open_router
 from ..store import check_folder, write_folder
 from ._int8 import Quantised, Text, compared, mib, quantised
 from ._stages import Stage, graph_of
@@ -219,7 +219,7 @@ def _readme(exits: Exits) -> str:
 
 Exits after blocks {", ".join(map(str, exits.cuts))} of {exits.blocks}; rule `{exits.rule}`, {leaves}.
 
-    from retouch._router import open_router
+    from retouch.router import open_router
 
     router = open_router("this folder")
     router.predict(["a text", "another text"])

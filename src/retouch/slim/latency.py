@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .._router import Router
 from ..change import versions
 from ..errors import UserError, unknown
 from ..progress import report
+from ..router import Router
 
 __all__ = ["Batch", "Call", "Latency", "Row", "batches", "call_network", "call_router", "measure"]
 

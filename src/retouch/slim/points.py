@@ -18,7 +18,10 @@ from ._quality import quality
 from .rules import Floats, Ints, Rule
 from .table import Costs, Table, leaving
 
-__all__ = ["Point", "area", "at_drop", "best_so_far", "curve", "leavers", "point"]
+__all__ = ["USUAL_TOKENS", "Point", "area", "at_drop", "best_so_far", "curve", "flops_at", "leavers", "point"]
+
+USUAL_TOKENS = 128
+"""The length to which papers pad every text before they count FLOPs."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,16 @@ def curve(
         )
         for i, threshold in enumerate(np.asarray(lambdas, dtype=float))
     )
+
+
+def flops_at(at: Point, spent: Sequence[float]) -> float:
+    """Return what a point costs where every text costs the same, as a share of the original's.
+
+    Args:
+        at: Says who leaves where.
+        spent: By block, the FLOPs of a text that leaves after it, as a share of the original's.
+    """
+    return sum(share * spent[block] for block, share in at.leaves.items())
 
 
 def _right(table: Table, answered: NDArray[Any], here: NDArray[np.bool_]) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import store
+from .._texts import Prediction, Text, check_texts, refuse_bare
 from ..errors import ModelError, UserError
 from ._reading import Example
 from .compaction import answer
@@ -19,27 +20,6 @@ from .encoded import collate, encode
 from .network import SlimForSequenceClassification, open_slim
 
 __all__ = ["Classifier", "Prediction", "open_classifier"]
-
-Text = str | tuple[str, str]
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What the model says about one text.
-
-    Attributes:
-        label: The class's name; None for a regression.
-        score: Its probability, by the exit's temperature; for a regression the value.
-        exit_block: The block that it left after.
-    """
-
-    label: str | None
-    score: float
-    exit_block: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain values that JSON can hold."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,17 +45,21 @@ class Classifier:
             ahead: So many batches are read at once and sorted by length among themselves, which saves padding.
 
         Raises:
-            UserError: A text is empty, or texts and pairs are mixed; the message has its number.
+            UserError: It is one text and no list; or, as it comes, a text is empty or texts and pairs are mixed.
         """
         if batch_size < 1 or ahead < 1:
             raise UserError(f"batch_size and ahead must be at least 1; got {batch_size} and {ahead}.")
-        stream = enumerate(texts)
-        while window := list(itertools.islice(stream, batch_size * ahead)):
-            yield from self._window([_example(number, text) for number, text in window], batch_size)
+        refuse_bare(texts)
+        return self._stream(iter(texts), batch_size, ahead)
+
+    def _stream(self, texts: Iterator[Text], batch_size: int, ahead: int) -> Iterator[Prediction]:
+        n_done = 0
+        while window := list(itertools.islice(texts, batch_size * ahead)):
+            check_texts(window, n_done)
+            yield from self._window([_example(text) for text in window], batch_size)
+            n_done += len(window)
 
     def _window(self, examples: list[Example], batch_size: int) -> list[Prediction]:
-        if len({e.pair is None for e in examples}) > 1:
-            raise UserError("Texts and pairs of texts are mixed. Give all of one kind.")
         types = self.network.size.token_types
         encoded = encode(self.tokenizer, examples, self.max_tokens, token_types=types)
         by_length = sorted(range(len(examples)), key=lambda i: encoded.lengths[i])
@@ -104,10 +88,8 @@ class Classifier:
         return found.to(self.network.device)
 
 
-def _example(number: int, text: Text) -> Example:
+def _example(text: Text) -> Example:
     first, second = (text, None) if isinstance(text, str) else text
-    if not first.strip():
-        raise UserError(f"Text {number + 1} is empty.")
     return Example(first, second, 0)
 
 

@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 
 from ..progress import report
 from ._bag import Bag
-from .clock import block_seconds, whole_seconds
+from .clock import between, block_seconds, spread, whole_seconds
 from .data import Task, quality
 from .encoded import Encoded, collate, encode, order
 from .network import SlimForSequenceClassification
 from .rules import Rule
 from .stages import Fitted
-from .table import Costs, Table, flops_costs, read_table, seconds_costs
+from .table import Costs, Table, flops_costs, read_table
 from .widths import base_parameters, parameters
 
 __all__ = ["Tables"]
@@ -72,20 +72,31 @@ class Tables:
         """Return how many numbers the original has."""
         return base_parameters(self.fitted.original.size)
 
-    def costs(self, split: str, rule: Rule) -> Costs:
-        """Return what examples cost in FLOPs."""
+    def costs(self, split: str, rule: Rule, tokens: int | None = None) -> Costs:
+        """Return what examples cost in FLOPs: at their own lengths, or as if each had so many tokens."""
         network, original = self.fitted.network, self.fitted.original
-        base = flops_costs(self.original(split), original.size, original.widths, Rule())
+        said, reference = (_of_length(t, tokens) for t in (self.of(split), self.original(split)))
+        base = flops_costs(reference, original.size, original.widths, Rule())
         if isinstance(network, Bag):
-            return replace(base, spent=np.array([[network.flops(int(t))] for t in self.of(split).lengths]))
-        spent = flops_costs(self.of(split), network.size, network.widths, rule)
+            return replace(base, spent=np.array([[network.flops(int(t))] for t in said.lengths]))
+        spent = flops_costs(said, network.size, network.widths, rule)
         return replace(spent, base=base.base)
 
     def seconds(self, split: str) -> Costs:
-        """Return what examples cost in seconds, measured on one batch."""
-        batch, _ = next(_batches(self._encoded(split)))
-        embed, blocks = block_seconds(self.fitted.network, batch)
-        return seconds_costs(self.of(split), blocks, whole_seconds(self.fitted.original, batch), embed)
+        """Return what examples cost in seconds, measured on batches of several lengths and read off in between."""
+        encoded, lengths = self._encoded(split), self.of(split).lengths
+        spent, base, at = [], [], []
+        for rows in spread(lengths):
+            batch = collate(encoded, rows)
+            embed, blocks = block_seconds(self.fitted.network, batch)
+            spent.append(embed + np.cumsum(blocks))
+            base.append([whole_seconds(self.fitted.original, batch)])
+            at.append(float(lengths[rows].mean()))
+        return Costs(between(lengths, at, spent), between(lengths, at, base)[:, 0])
+
+
+def _of_length(table: Table, tokens: int | None) -> Table:
+    return table if tokens is None else replace(table, lengths=np.full(table.n, tokens))
 
 
 def _batches(encoded: Encoded) -> Iterator[tuple[dict[str, Any], NDArray[np.int64]]]:

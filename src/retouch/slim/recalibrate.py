@@ -2,52 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .. import store
+from .. import registry, store
 from ..errors import ModelError, UserError
-from .api import Exiting
-from .base import fraction
-from .data import Example, read
+from .api import Exiting, Slim
+from .base import Budget, Plan
+from .data import Example, Rows, digest, read
 from .encoded import batches, encode
-from .network import save
+from .points import Point
 from .predict import Classifier, open_classifier
 from .risk import Loss, Risk
 from .rules import Rule
-from .table import flops_costs, read_table
+from .table import Costs, Table, flops_costs, read_table
 from .thresholds import Threshold, choose
+from .widths import base_cost
 
-__all__ = ["Recalibrated", "recalibrated"]
+__all__ = ["calibration_rows", "costs_of", "recalibrated", "saved_record", "span_of", "table_of"]
 
-
-@dataclass(frozen=True, eq=False)
-class Recalibrated:
-    """A slim model with a threshold of its own rows.
-
-    Attributes:
-        classifier: With the new threshold.
-        threshold: What was chosen, and what is proved about it.
-        record: What ``retouch.json`` is to hold.
-    """
-
-    classifier: Classifier
-    threshold: Threshold
-    record: Mapping[str, Any]
-
-    def save(self, folder: str | Path, *, keep_refused: bool = False) -> None:
-        """Write the model with its new threshold.
-
-        Raises:
-            BoundRefused: What was asked does not hold.
-        """
-        if not keep_refused:
-            self.threshold.require()
-        save(self.classifier.network, self.classifier.tokenizer, folder, record=self.record)
+_NEEDED = {"curve", "task", "plan", "method", "settings", "budget", "quality_base", "measured_on", "spent_128"}
 
 
 def recalibrated(
@@ -57,66 +36,182 @@ def recalibrated(
     flops: str | float | None = None,
     max_harm: str | float | None = None,
     exiting: Exiting | None = None,
-) -> Recalibrated:
+) -> Slim:
     """Choose a saved model's threshold anew.
 
-    Harm is measured against the slim model at full depth: the original is not at hand.
+    Harm is measured against the slim model at full depth: the original is not at hand. What was measured when the model
+    was made is told for the new threshold, of the same rows as then.
 
     Args:
         folder: A saved slim model.
-        calib: Labelled rows that chose nothing else.
+        calib: Labelled rows that chose nothing else; of a folder its calib split.
         flops: Most FLOPs on average, as a share of the original's.
         max_harm: Largest certified harm.
-        exiting: The rule, and how harm is certified.
+        exiting: How harm is certified. The rule and the exits that are asked stay as saved.
 
     Raises:
-        UserError: Nothing is asked, or rows and model do not fit each other.
+        UserError: Nothing is asked, rows and model do not fit each other, or another rule is asked for.
         ModelError: The folder was not written by `Slim.save`.
     """
     if flops is None and max_harm is None:
         raise UserError("--recalibrate needs --flops, --max-harm, or both: there is nothing to choose a threshold by.")
-    classifier, ask = open_classifier(folder), exiting or Exiting()
-    record = store.read_json(Path(folder) / "retouch.json")
-    if "curve" not in record or "task" not in record:
-        raise ModelError(f"{folder} does not say which thresholds were tried. Make it again with retouch slim.")
-    network = classifier.network
-    rule = _rule(network, ask)
-    encoded = encode(
-        classifier.tokenizer, _rows(calib, record["task"]), classifier.max_tokens, token_types=network.size.token_types
-    )
-    table = read_table(network, batches(encoded, 32, seed=None, by_length=False))
-    limit = None if max_harm is None else fraction(max_harm, "max_harm")
-    loss: Loss = "flip" if network.config.task == "regression" else ask.loss
+    classifier, ask, record = open_classifier(folder), exiting or Exiting(), saved_record(folder)
+    budget, rule = _budget(record, flops, max_harm), _rule(classifier.network.config, ask)
+    rows = calibration_rows(calib, record)
+    table = table_of(classifier, rows)
     found = choose(
         table,
         rule,
         np.array([p["threshold"] for p in record["curve"]]),
-        budget=None if flops is None else fraction(flops, "flops"),
-        costs=flops_costs(table, network.size, network.widths, rule),
-        risk=None if limit is None else Risk(limit, loss, "full_depth", ask.how, delta=ask.delta),
-        span=None if not record.get("target_range") else record["target_range"] / network.config.target_scale,
+        budget=budget.flops,
+        costs=costs_of(table, classifier.network, rule, record),
+        risk=None if budget.max_harm is None else _risk(classifier.network.config.task, budget.max_harm, ask),
+        span=span_of(record, classifier.network.config),
     )
-    network.config.rule, network.config.threshold = rule.name, found.saved
-    network.config.every, network.config.min_block = rule.every, rule.min_block
-    told = {"threshold": found.to_dict(), "passed": found.reachable, "recalibrated_on": str(calib)}
-    told["leaves"] = {str(l): share for l, share in found.leaves.items()}  # an export takes its cuts from it
-    return Recalibrated(classifier, found, record | told)
+    classifier.network.config.threshold = found.saved
+    chosen_on = {"file": Path(calib).name, "rows": len(rows), "sha256": digest(rows)}
+    return _slim(classifier, budget, found, rule, record | {"recalibrated_on": chosen_on})
 
 
-def _rule(network: Any, ask: Exiting) -> Rule:
-    """Keep the model's rule and temperatures where none is asked for."""
-    config = network.config
-    temperatures = tuple(config.temperatures) if config.temperatures and ask.temperatures else None
-    return Rule(ask.rule or config.rule, temperatures, ask.every, ask.min_block)
+# ---------------------------------------------------------------- what is asked, and of what
 
 
-def _rows(calib: str | Path, task: Mapping[str, Any]) -> list[Example]:
-    names, found = task["labels"], []
-    for row in read(calib).examples:
-        if names is None:
-            found.append(replace(row, label=float(row.label)))
-        elif str(row.label) in names:
-            found.append(replace(row, label=names.index(str(row.label))))
-        else:
-            raise UserError(f"{calib} has the label {row.label!r}; the model knows {', '.join(names)}.")
+def saved_record(folder: str | Path) -> dict[str, Any]:
+    """Read how a saved model was made, and what was measured.
+
+    Raises:
+        ModelError: The folder was not written by `Slim.save`.
+    """
+    path = Path(folder) / "retouch.json"
+    record: dict[str, Any] = store.read_json(path) if path.is_file() else {}
+    if lacks := sorted(_NEEDED - set(record)):
+        raise ModelError(f"{path} does not say how the model was made ({lacks[0]}). Make it again with retouch slim.")
+    return record
+
+
+def calibration_rows(calib: str | Path, record: Mapping[str, Any]) -> list[Example]:
+    """Read rows that may choose a threshold of a saved model.
+
+    Args:
+        calib: A file; or a folder or data set, whose calib split is read.
+        record: What `saved_record` returned.
+
+    Raises:
+        UserError: A label is not one of the model's, or the model was trained, chosen or measured on these rows.
+    """
+    rows, task = read(calib, "calib"), record["task"]
+    found = _labelled(rows, task["labels"])
+    recipe, same = task.get("recipe", {}), digest(found)
+    for split in ("train", "valid", "test"):
+        file = recipe.get("files", {}).get(split, {}).get("sha256")
+        if same == recipe.get("sha256", {}).get(split) or (file is not None and file == rows.sha256):
+            raise UserError(f"{calib} holds the {split} rows of this model, and --calib needs rows that served for "
+                            "nothing else. Give other ones.")  # fmt: skip
     return found
+
+
+def _labelled(rows: Rows, names: Sequence[str] | None) -> list[Example]:
+    value = _number if names is None else _class_among(names)
+    labels = [value(str(row.label)) for row in rows]
+    if bad := [i for i, label in enumerate(labels) if label is None]:
+        wanted = "no finite number" if names is None else f"none of the model's: {', '.join(names)}"
+        raise UserError(f"{rows.table.at(*bad)}: label {rows[bad[0]].label!r:.60} is {wanted}.")
+    return [replace(row, label=label) for row, label in zip(rows, labels) if label is not None]
+
+
+def _number(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _class_among(names: Sequence[str]) -> Callable[[str], int | None]:
+    """Find a class by its name, whatever the case unless that tells two apart."""
+    exact = {name: i for i, name in enumerate(names)}
+    folded = {name.casefold(): i for name, i in exact.items()}
+    alike = folded if len(folded) == len(exact) else {}
+    return lambda text: exact.get(text, alike.get(text.casefold()))
+
+
+def _budget(record: Mapping[str, Any], flops: str | float | None, max_harm: str | float | None) -> Budget:
+    return Budget(record["budget"]["params"] or min(1.0, record["params_ratio"]), flops, max_harm)
+
+
+def _rule(config: Any, ask: Exiting) -> Rule:
+    """Return the model's own rule: the saved curve and thresholds are of that one alone."""
+    saved = {"rule": config.rule, "every": config.every, "min_block": config.min_block}
+    usual = Exiting()
+    for name, value in saved.items():
+        if getattr(ask, name) not in (getattr(usual, name), value):
+            raise UserError(
+                f"{name} {getattr(ask, name)!r} is not the saved one, {value!r}, for which the thresholds to try were "
+                "fixed. Leave it out, or make the model again: its trained stages are reused."
+            )
+    heat = tuple(config.temperatures) if config.temperatures else None
+    if heat and not ask.temperatures:
+        raise UserError("temperatures are part of the saved model and cannot be left out. Make the model again.")
+    return Rule(config.rule, heat, config.every, config.min_block)
+
+
+def _risk(task: str, limit: float, ask: Exiting) -> Risk:
+    if task == "regression" and ask.loss not in ("gap", "flip"):
+        raise UserError(f"loss must be 'flip' for a regression, which is neither right nor wrong; got {ask.loss!r}.")
+    loss: Loss = "flip" if task == "regression" else ask.loss
+    return Risk(limit, loss, "full_depth", ask.how, delta=ask.delta)
+
+
+# ---------------------------------------------------------------- what the model says, and costs
+
+
+def table_of(classifier: Classifier, rows: Sequence[Example]) -> Table:
+    """Run a saved model once over rows, at full depth."""
+    network = classifier.network
+    encoded = encode(classifier.tokenizer, rows, classifier.max_tokens, token_types=network.size.token_types)
+    return read_table(network, batches(encoded, 32, seed=None, by_length=False))
+
+
+def costs_of(table: Table, network: Any, rule: Rule, record: Mapping[str, Any]) -> Costs:
+    """Count the FLOPs of rows as shares of the original's, which may have more blocks than the slim model."""
+    original = Plan.from_dict(record["plan"]).size
+    spent = flops_costs(table, network.size, network.widths, rule)
+    return replace(spent, base=np.array([base_cost(original, int(t)) for t in table.lengths]))
+
+
+def span_of(record: Mapping[str, Any], config: Any) -> float | None:
+    """Return how far apart the training targets lie, in the unit of the logits; None for classes."""
+    return record["target_range"] / config.target_scale if record.get("target_range") else None
+
+
+# ---------------------------------------------------------------- what is true of it now
+
+
+def _slim(
+    classifier: Classifier, budget: Budget, found: Threshold, rule: Rule, record: Mapping[str, Any]
+) -> Slim:  # fmt: skip
+    """Tell what was measured when the model was made, at the new threshold; what was of the old one alone goes."""
+    curve = tuple(map(_point, record["curve"]))
+    made = Slim(
+        classifier=classifier,
+        plan=Plan.from_dict(record["plan"]),
+        budget=budget,
+        method=registry.make("slim", record["method"], **record["settings"]),
+        threshold=found,
+        rule=rule,
+        quality_base=record["quality_base"],
+        point=next(p for p in curve if p.threshold == found.saved),
+        curve=curve,
+        measured_on=record["measured_on"],
+        likeness=None,
+        shown={},
+        record={},
+        spent_128=tuple(record["spent_128"]),
+    )
+    anew = {"kind", "format", *made.to_dict()}
+    return replace(made, record={name: value for name, value in record.items() if name not in anew})
+
+
+def _point(values: Mapping[str, Any]) -> Point:
+    by_block = {name: {int(l): v for l, v in values[name].items()} for name in ("leaves", "quality_at")}
+    return Point(**{**values, **by_block})

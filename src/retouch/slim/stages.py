@@ -106,7 +106,7 @@ class Run(BaseRun):
             stage: Stage 0; None: the preset's.
         """
         if isinstance(self.model, SlimForSequenceClassification):
-            return Trained(copy.deepcopy(self.model).to(self.accelerator.device).eval(), self.model_key, {})
+            return self._given(self.model)
         last = (self.plan.size.blocks - 1,)
         work = Assignment(stage or self.stages.finetune)
         return self.train(work, self._raw(last, *self._units()), ["raw", self.model_key, last])
@@ -220,10 +220,23 @@ class Run(BaseRun):
         shown = None if assistant is None else assistant.network
         return Fitted(network.network, shown, original.network, list(self.history), network.key)
 
+    def _given(self, model: SlimForSequenceClassification) -> Trained:
+        """Return a copy of a classifier; a regression's answers stay, in standardised units as after stage 0."""
+        new = copy.deepcopy(model).to(self.accelerator.device).eval()
+        if self.task.labels is not None:
+            return Trained(new, self.model_key, {})
+        mean, scale = units = self._units()
+        config, exit_ = new.config, new.exits[str(new.size.blocks - 1)]
+        with torch.no_grad():
+            exit_.weight.mul_(config.target_scale / scale)
+            exit_.bias.mul_(config.target_scale).add_(config.target_mean - mean).div_(scale)
+        config.target_mean, config.target_scale = units
+        return Trained(new, store.key(model=self.model_key, units=units), {})
+
     def _raw(self, exits: Sequence[int], mean: float, scale: float) -> Callable[[], SlimForSequenceClassification]:
         """Say how to put fresh exits on the opened encoder; `mean` and `scale` are a regression's units."""
         assert isinstance(self.model, Model)
-        model, pooling = self.model, None if self.settings.pooling == "auto" else self.settings.pooling
+        model, pooling = self.model, self.pooling
 
         def start() -> SlimForSequenceClassification:
             new = from_encoder(model, self.task.labels, exits=exits, pooling=pooling, pooler=None)

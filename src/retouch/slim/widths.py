@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,6 @@ __all__ = [
     "cost",
     "flops_ratio",
     "narrower",
-    "paper",
     "parameters",
     "plan_of",
     "rank_limit",
@@ -175,7 +174,9 @@ def _check_blocks(size: Size, blocks: NDArray[Any]) -> None:
 # ---------------------------------------------------------------- plans
 
 
-def plan_of(size: Size, widths: Widths, lengths: ArrayLike, flops: float | None = None) -> Plan:
+def plan_of(
+    size: Size, widths: Widths, lengths: ArrayLike, flops: float | None = None, asked: Sequence[int] | None = None
+) -> Plan:
     """Price widths that are already chosen.
 
     Args:
@@ -183,6 +184,7 @@ def plan_of(size: Size, widths: Widths, lengths: ArrayLike, flops: float | None 
         widths: What is kept of it.
         lengths: Real tokens of training examples.
         flops: The FLOPs target as a share of the original's, from which the mean depth follows.
+        asked: Those exits that examples may leave at; all by default.
 
     Raises:
         UserError: Even leaving at the first exit costs more than `flops`; the message has the smallest possible.
@@ -192,38 +194,14 @@ def plan_of(size: Size, widths: Widths, lengths: ArrayLike, flops: float | None 
     tokens = _lengths(lengths)
     embed = 2.0 * tokens.sum() * (widths.rank or 0) * size.d_model / _base_flops(size, tokens, tokens**2).sum()
     share = 1.0 if flops is None else min(1.0, (flops - embed) / (full - embed))
-    if share < (widths.exits[0] + 1) / size.blocks - 2 * _SLACK:
-        least = flops_ratio(size, widths, tokens, widths.exits[0])
+    first = (asked or widths.exits)[0]
+    if share < (first + 1) / size.blocks - 2 * _SLACK:
+        least = flops_ratio(size, widths, tokens, first)
         raise UserError(
-            f"These widths cannot reach flops {flops:g}: leaving at the first exit, after block {widths.exits[0]}, "
-            f"already costs {_shown(least)}. Ask for more, or for narrower blocks."
+            f"These widths cannot reach flops {flops:g}: leaving at the first exit, after block {first}, already "
+            f"costs {_shown(least)}. Ask for more, or for narrower blocks."
         )
     return Plan(size, widths, params, full, share * size.blocks)
-
-
-def paper(size: Size, heads: int, half: bool | None = None) -> Widths:
-    """Return the authors' widths for a number of heads: each resource has the same share, or half of it for the MLP.
-
-    Source:
-        The scripts of sbwww/COST-EFF: of 12 heads of 64, n are kept with rank 64 n and d_ff 256 n or 128 n.
-
-    Args:
-        size: The original.
-        heads: How many heads are kept.
-        half: Whether the MLP keeps half of the heads' share; by default it does for up to a third of the heads.
-
-    Raises:
-        UserError: The original has fewer heads.
-
-    Example:
-        >>> bert = Size(12, 768, 12, 3072, 30522, 512, 2, 2)
-        >>> paper(bert, 2).d_ff[0], paper(bert, 2).rank, paper(bert, 6).d_ff[0]
-        (256, 128, 1536)
-    """
-    half = 3 * heads <= size.heads if half is None else half
-    d_ff = max(1, size.d_ff * heads // (size.heads * (2 if half else 1)))
-    rank = heads * size.head_dim
-    return Widths.uniform(size, heads, d_ff, rank if rank < rank_limit(size) else None)
 
 
 # ---------------------------------------------------------------- from a budget to a plan
@@ -235,6 +213,7 @@ def search(
     lengths: ArrayLike,
     exits: Iterable[int] | None = None,
     *,
+    asked: Sequence[int] | None = None,
     heads: int | None = None,
     d_ff: int | None = None,
     rank: int | None = None,
@@ -249,6 +228,7 @@ def search(
         budget: What may be kept; FLOPs stand for seconds here.
         lengths: Real tokens of training examples.
         exits: Blocks with an exit; all by default.
+        asked: Those of them that examples may leave at, in order; all by default.
         heads: Fixes the heads; the rest is still searched.
         d_ff: Fixes the MLP neurons.
         rank: Fixes the embedding's rank; 0 leaves the table whole.
@@ -266,11 +246,12 @@ def search(
     if budget.max_drop is not None:
         raise UserError("max_drop is found by training several sizes; a search for widths needs params or flops.")
     found = size.exits(exits)
-    points = _Points.of(size, _axes(size, heads, d_ff, rank), _lengths(lengths), found)
+    first = (asked or found)[0]
+    points = replace(_Points.of(size, _axes(size, heads, d_ff, rank), _lengths(lengths), found), first_exit=first)
     best = points.best(budget)
     if best is None:
         raise UserError(points.nearest(budget))
-    return plan_of(size, Widths.uniform(size, *points.widths(best), found), lengths, budget.flops)
+    return plan_of(size, Widths.uniform(size, *points.widths(best), found), lengths, budget.flops, asked)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Serve an exported slim model: run a stage, let sure rows leave, call the next stage only if rows remain.
 
-Needs numpy, onnxruntime and tokenizers, and never loads torch or transformers; ``retouch.slim.router`` offers the same
-names where torch is loaded anyhow. A stage that is not called is work that is not done: `Router.calls` counts them.
+Needs numpy, onnxruntime and tokenizers, and never loads torch or transformers. A stage that is not called is work that
+is not done: `Router.calls` counts them.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ._exits import FORMAT, RULES, Exits, read_exits, stage_name
+from ._exits import FORMAT, Exits, read_exits, stage_name
+from ._rules import Ints, Rule, State, advance, log_softmax, uncertainty
+from ._texts import Prediction, Text, check_texts, refuse_bare
 from .errors import StoreError, UserError
 from .store import check_folder
 
-__all__ = ["FORMAT", "RULES", "Answers", "Exits", "Prediction", "Router", "open_router", "read_exits", "stage_name"]
+__all__ = ["FORMAT", "Answers", "Exits", "Prediction", "Router", "open_router", "read_exits"]
 
-Ints: TypeAlias = NDArray[np.int64]
 Floats: TypeAlias = NDArray[np.floating[Any]]
 Bools: TypeAlias = NDArray[np.bool_]
 
@@ -39,67 +40,6 @@ class Answers:
 
     logits: Floats
     where: Ints
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The answer to one text.
-
-    Attributes:
-        label: The class, or the number that a regression gives.
-        score: The class's probability; None for a regression.
-        block: The block whose exit answered.
-    """
-
-    label: str | float
-    score: float | None
-    block: int
-
-
-class _Meter:
-    """Reads from exit to exit how unsure the rows of one batch are; rows are named by their place in the batch."""
-
-    def __init__(self, exits: Exits, n_rows: int) -> None:
-        self.exits = exits
-        self.before = np.full(n_rows, np.nan)
-        self.agreed = np.zeros(n_rows)
-
-    def leaving(self, stage: int, rows: Ints, logits: Floats) -> Bools:
-        """Say which of `rows` leave at the exit of `stage`."""
-        if stage == len(self.exits.cuts) - 1:
-            return np.ones(len(rows), dtype=np.bool_)
-        if self.exits.threshold is None:
-            return np.zeros(len(rows), dtype=np.bool_)
-        scaled = logits.astype(np.float64) / self.exits.temperatures[stage]
-        unsure = self._moving(rows, logits) if self.exits.rule in ("patience", "delta") else self._unsure(scaled)
-        return np.asarray(unsure < self.exits.threshold)
-
-    def _unsure(self, scaled: Floats) -> Floats:
-        n_classes = scaled.shape[1]
-        shifted = scaled - scaled.max(axis=1, keepdims=True)
-        log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-        p = np.exp(log_p)
-        if n_classes < 2:
-            return np.zeros(len(p))
-        if self.exits.rule == "entropy":
-            unsure = -(p * log_p).sum(axis=1) / np.log(n_classes)  # a p that underflows meets a finite log: 0, not NaN
-        elif self.exits.rule == "max_prob":
-            unsure = (1 - p.max(axis=1)) * n_classes / (n_classes - 1)
-        else:
-            second, first = np.sort(p, axis=1)[:, -2:].T
-            unsure = 1 - (first - second)
-        return np.asarray(np.clip(unsure, 0.0, 1.0))
-
-    def _moving(self, rows: Ints, logits: Floats) -> Floats:
-        regression = self.exits.task == "regression"
-        now = logits[:, 0].astype(np.float64) if regression else logits.argmax(axis=1).astype(np.float64)
-        moved = np.abs(now - self.before[rows])  # NaN at the first exit
-        self.before[rows] = now
-        if self.exits.rule == "delta":
-            return np.where(np.isnan(moved), 1.0, np.minimum(1.0, moved))
-        same = moved < (self.exits.tolerance or 0.0) if regression else moved == 0
-        self.agreed[rows] = np.where(same, self.agreed[rows] + 1, 0.0)
-        return np.asarray(1 - self.agreed[rows] / self.exits.blocks)
 
 
 # ---------------------------------------------------------------- the router
@@ -136,15 +76,17 @@ class Router:
         """
         ids, mask, types = self._checked(input_ids, attention_mask, token_type_ids)
         answers = Answers(np.zeros((len(ids), self.exits.classes), np.float32), np.full(len(ids), -1, np.int64))
-        rows, meter, feed = np.arange(len(ids)), _Meter(self.exits, len(ids)), self._first(ids, mask, types)
+        rows, feed = np.arange(len(ids)), self._first(ids, mask, types)
+        rule, state = self.exits.deciding(), None
         for stage in range(len(self._sessions) if len(ids) else 0):
             hidden, logits = self._run(stage, feed)
-            left = meter.leaving(stage, rows, logits)
+            state = advance(state, logits, rule.tolerance)
+            left = self._leaving(stage, state, rule)
             answers.logits[rows[left]] = logits[left]
             answers.where[rows[left]] = self.exits.cuts[stage]
             if left.all():
                 break
-            rows, mask = rows[~left], mask[~left]
+            rows, mask, state = rows[~left], mask[~left], state.take(~left)
             n_tokens = mask.sum(axis=1).max()
             mask = np.ascontiguousarray(mask[:, :n_tokens])
             feed = {"hidden": np.ascontiguousarray(hidden[~left, :n_tokens]), "attention_mask": mask}
@@ -168,6 +110,16 @@ class Router:
             hidden, found[stage] = self._run(stage, feed)
             feed = {"hidden": hidden, "attention_mask": mask}
         return found
+
+    def _leaving(self, stage: int, state: State, rule: Rule) -> Bools:
+        """Say which rows leave at the exit of a stage."""
+        block = self.exits.cuts[stage]
+        if block == self.exits.cuts[-1]:
+            return np.ones(len(state.last), dtype=np.bool_)
+        if self.exits.threshold is None:
+            return np.zeros(len(state.last), dtype=np.bool_)
+        heat = rule.temperature(self.exits.cuts, block)
+        return np.asarray(uncertainty(rule.name, state, self.exits.blocks, heat) < self.exits.threshold)
 
     def _first(self, ids: Ints, mask: Ints, types: Ints) -> dict[str, Any]:
         return {"input_ids": ids, "attention_mask": mask} | (
@@ -201,7 +153,7 @@ class Router:
             raise UserError(f"input_ids must lie from 0 to {self.exits.vocab - 1}. Use the model's own tokenizer.")
         return ids, mask, types * mask
 
-    def encode(self, texts: Sequence[str | tuple[str, str]]) -> tuple[Ints, Ints, Ints]:
+    def encode(self, texts: Sequence[Text]) -> tuple[Ints, Ints, Ints]:
         """Turn texts, or pairs of texts, into ids, mask and token types, padded to the longest.
 
         Shapes: all (texts, tokens).
@@ -214,16 +166,16 @@ class Router:
             ids[i, :n_tokens], mask[i, :n_tokens], types[i, :n_tokens] = row.ids, 1, row.type_ids
         return ids.astype(np.int64), mask, types
 
-    def predict(self, texts: Sequence[str | tuple[str, str]], batch_size: int = 32) -> list[Prediction]:
+    def predict(self, texts: Sequence[Text], batch_size: int = 32) -> list[Prediction]:
         """Answer texts, or pairs of texts; similar lengths share a batch, and the order is kept.
 
         Raises:
-            UserError: A text has no token, or `batch_size` is below 1.
+            UserError: A text is empty, texts and pairs are mixed, or `batch_size` is below 1.
         """
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1; got {batch_size}.")
-        if isinstance(texts, str):
-            raise UserError("predict takes a list of texts, and got one text. Put it into a list.")
+        refuse_bare(texts)
+        check_texts(texts)
         ids, mask, types = self.encode(texts)
         order = np.argsort(mask.sum(axis=1), kind="stable")
         found: dict[int, Prediction] = {}
@@ -236,11 +188,11 @@ class Router:
         logits, blocks = answers.logits.astype(np.float64), answers.where.tolist()
         if self.exits.task == "regression":
             values = logits[:, 0] * self.exits.target_scale + self.exits.target_mean
-            return [Prediction(float(value), None, block) for value, block in zip(values, blocks)]
+            return [Prediction(None, float(value), block) for value, block in zip(values, blocks)]
         best = logits.argmax(axis=1)
-        heat = np.array([self.exits.temperatures[self.exits.cuts.index(block)] for block in blocks])[:, None]
-        p = np.exp(logits / heat - (logits / heat).max(axis=1, keepdims=True))
-        p /= p.sum(axis=1, keepdims=True)
+        rule = self.exits.deciding()
+        heat = np.array([rule.temperature(self.exits.cuts, block) for block in blocks])[:, None]
+        p = np.exp(log_softmax(logits / heat))
         labels = self.exits.labels or tuple(map(str, range(self.exits.classes)))
         return [Prediction(labels[b], float(row[b]), block) for b, row, block in zip(best, p, blocks)]
 

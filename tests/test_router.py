@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retouch._router import Answers, Exits, Router, open_router, read_exits
 from retouch.errors import StoreError, UserError
-from retouch.slim import rules
+from retouch.router import Answers, Exits, Router, open_router, read_exits
+from retouch.slim.rules import Rule
 from retouch.store import write_folder
 
 onnx = pytest.importorskip("onnx")
@@ -156,22 +156,6 @@ def test_rules_are_their_formulas(tmp_path, rule, classes):
     np.testing.assert_array_equal(answers.logits, tables[want, range(60)])
 
 
-@pytest.mark.parametrize("rule", ["entropy", "max_prob", "margin", "patience", "delta"])
-def test_rules_are_those_of_the_network(tmp_path, rule):
-    tables = np.random.default_rng(2).normal(0, 1, (4, 8, 1 if rule == "delta" else 3)).astype(np.float32)
-    task = "regression" if rule == "delta" else "classification"
-    heat = (0.5, 2.0, 1.0, 1.0)
-    state, unsure = None, []
-    for logits, temperature in zip(tables, heat):
-        state = rules.advance(state, logits)
-        unsure.append(rules.uncertainty(rule, state, 4, temperature))
-    for i, threshold in enumerate(np.quantile(unsure, [0.1, 0.3, 0.5, 0.7, 0.9]) + 1e-9):
-        below = np.array(unsure) < threshold
-        below[-1] = True
-        router = opened(tmp_path / f"{i}", tables, rule=rule, threshold=threshold, temperatures=heat, task=task)
-        assert asked(router, list(range(8))).where.tolist() == below.argmax(axis=0).tolist()
-
-
 def test_patience_counts_agreement_of_the_same_row(tmp_path):
     a, b = [1.0, 0.0], [0.0, 1.0]
     tables = [[a, a, b], [a, b, a], [a, b, b], [b, b, b]]
@@ -187,10 +171,11 @@ def test_regression_leaves_when_its_answer_stands_still(tmp_path):
     router = opened(tmp_path / "e", tables, rule="delta", threshold=0.1, **fields)
     assert asked(router, [0, 1]).where.tolist() == [1, 2]
     found = router.predict(["w0", "w1"])
-    assert [round(p.label, 4) for p in found] == [12.1, 10.82]
-    assert [(p.score, p.block) for p in found] == [(None, 1), (None, 2)]
+    assert [(p.label, round(p.score, 4), p.exit_block) for p in found] == [(None, 12.1, 1), (None, 10.82, 2)]
     router = opened(tmp_path / "f", tables, rule="patience", tolerance=0.1, threshold=0.76, **fields)
     assert asked(router, [0, 1]).where.tolist() == [1, 2]
+    router = opened(tmp_path / "g", tables, rule="patience", tolerance=0.02, threshold=0.76, **fields)
+    assert asked(router, [0, 1]).where.tolist() == [3, 2]
 
 
 @settings(max_examples=40, deadline=None)
@@ -216,10 +201,11 @@ def test_a_batch_answers_as_its_rows_alone(tmp_path_factory, data):
 
 def test_texts_come_back_in_their_order(tmp_path):
     router = opened(tmp_path / "e", [[SURE, EVEN], [EVEN, [0.0, 3.0]]], labels=("bad", "good"), temperatures=(2.0, 0.5))
-    texts = ["w1 w1 w1", "w0", ("w1", "w0 w0"), "w0 w1 w1 w1"]
+    texts = ["w1 w1 w1", "w0", "w1 w0 w0", "w0 w1 w1 w1"]
     found = router.predict(texts, batch_size=3)
     assert [p.label for p in found] == ["good", "bad", "good", "bad"]
-    assert [p.block for p in found] == [1, 0, 1, 0]
+    assert [p.exit_block for p in found] == [1, 0, 1, 0]
+    assert router.predict([("w1", "w0 w0")])[0].label == "good"
     assert found[0].score == pytest.approx(1 / (1 + np.exp(-6.0)))
     assert found[1].score == pytest.approx(1 / (1 + np.exp(-4.5)))
 
@@ -255,6 +241,10 @@ def test_one_text_is_not_a_list_of_letters(tmp_path):
         router.predict("w1")
     with pytest.raises(UserError, match="batch_size must be at least 1"):
         router.predict(["w1"], batch_size=0)
+    with pytest.raises(UserError, match="Text 2 is empty"):
+        router.predict(["w1", " "])
+    with pytest.raises(UserError, match="mixed"):
+        router.predict(["w1", ("w1", "w0")])
 
 
 # ---------------------------------------------------------------- what is refused
@@ -304,6 +294,10 @@ def test_exits_come_back_as_they_were(tmp_path):
     assert read_exits(folder / "exits.json") == exits_of(tables, labels=("a", "b"), threshold=None)
 
 
+def test_what_is_not_said_is_as_in_the_network():
+    assert exits_of(np.zeros((2, 1, 2)), rule="patience").deciding() == Rule("patience", (1.0, 1.0))
+
+
 def test_a_regression_cannot_leave_by_a_softmax():
     with pytest.raises(UserError, match="rule cannot be 'entropy'"):
         exits_of(np.zeros((2, 1, 1)), task="regression")
@@ -351,7 +345,7 @@ def test_it_answers_without_torch(tmp_path):
     folder = written(tmp_path / "e", [[SURE, EVEN], [SURE, [0.0, 9.0]]])
     code = f"""
 import sys
-from retouch._router import open_router
+from retouch.router import open_router
 router = open_router({str(folder)!r}, threads=1)
 print([p.label for p in router.predict(["w1 w1", "w0"])], router.calls)
 print([m for m in ("torch", "transformers", "scipy", "pydantic", "onnx") if m in sys.modules])

@@ -158,7 +158,7 @@ def sequence(args: argparse.Namespace, job: dict[str, Any], out: Path) -> None:
     """Edit a thousand facts one batch after another."""
     from retouch.edit.sequence import run_bench
 
-    facts = _facts(Path(args.out) / "sequence.jsonl")[: args.sequence if job["batch"] == 1 else None]
+    facts = _suite(args, "sequence")[: args.sequence if job["batch"] == 1 else None]
     run_bench(_model(args), facts, {job["spec"]: _method(job["spec"], 0)}, job["batch"], out, data="counterfact")
 
 

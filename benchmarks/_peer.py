@@ -13,8 +13,7 @@ import torch
 from torch.nn import functional
 
 from retouch import store
-from retouch.edit.bench import environment
-from retouch.measure import watched
+from retouch.measure import environment, watched
 from retouch.model import Model
 
 RESULTS = Path(__file__).parent / "results"

@@ -86,9 +86,9 @@ def _opened(name: str) -> Any:
 def _method(spec: str, seed: int, **more: Any) -> Any:
     import torch
 
-    from retouch.edit.bench import parse_methods
+    from retouch import registry
 
-    (method,) = parse_methods(spec, seed).values()
+    (method,) = registry.parse("edit", spec, seed=seed).values()
     wide = {"budget_mib": 2048} if torch.cuda.is_available() and hasattr(method, "budget_mib") else {}
     return replace(method, **wide, **more)
 

@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--json", default="benchmarks/results/slim_claims.json")
     args = parser.parse_args()
     from retouch import store
-    from retouch.edit.bench import environment
+    from retouch.measure import environment
     from retouch.slim.api import fit
     from retouch.slim.base import Budget
     from retouch.slim.costeff import CostEff

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+import os
+import platform
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ._continuations import continuations
 from ._likelihood import Answer, Before, Shift, answers, chunk_nll, look, next_logp, perplexities, perplexity
+from .change import versions
 from .model import Model
 
 __all__ = [
@@ -24,6 +28,7 @@ __all__ = [
     "answers",
     "chunk_nll",
     "continuations",
+    "environment",
     "flops_per_token",
     "look",
     "n_parameters",
@@ -125,3 +130,30 @@ def _lifetime_peak() -> float:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 1024
+
+
+# ---------------------------------------------------------------- where it was measured
+
+
+def environment(model: Model | None = None) -> dict[str, Any]:
+    """Say on what the numbers were measured.
+
+    Args:
+        model: Tells its own device and type; without it the first accelerator is named, if there is one.
+    """
+    processor = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), processor)
+    except OSError:
+        pass
+    on_cuda = torch.cuda.is_available() if model is None else model.device.type == "cuda"
+    device = "cpu" if model is None else model.device.type
+    return {
+        **versions(),
+        "device": torch.cuda.get_device_name(model.device if model else None) if on_cuda else device,
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        **({} if model is None else {"dtype": str(next(model.network.parameters()).dtype).removeprefix("torch.")}),
+    }

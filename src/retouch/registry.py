@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import unknown
-from .settings import with_settings
+from .errors import UserError, unknown
+from .settings import fields_of, from_flags, with_settings
 
-__all__ = ["BASES", "Entry", "find", "load", "make", "methods"]
+__all__ = ["BASES", "Entry", "find", "load", "make", "methods", "parse"]
 
 BASES = {"edit": ("EditMethod", "ValueEditMethod", "RankOneMethod", "SpreadMethod"), "slim": ("SlimMethod",)}
 """The base classes of each verb's methods."""
@@ -90,3 +90,40 @@ def load(verb: str, name: str) -> type[Any]:
 def make(verb: str, name: str, **settings: Any) -> Any:
     """Make a method with its settings checked."""
     return with_settings(load(verb, name), settings)
+
+
+def parse(verb: str, text: str, **defaults: Any) -> dict[str, Any]:
+    """Read ``rome,memit:metric=identity:blocks=3+4+5`` as methods with settings; ``+`` joins the parts of a tuple.
+
+    Args:
+        verb: Whose methods they are.
+        text: Names with settings, commas between.
+        **defaults: Settings of all of them where they do not say otherwise, such as ``seed``.
+
+    Returns:
+        The methods, by the words that named them.
+
+    Raises:
+        UnknownName: No such method.
+        SettingsError: A setting is unknown or not allowed.
+        UserError: No method is named, or one twice, or a comma stands inside a setting.
+    """
+    common = [word for name, value in defaults.items() for word in (f"--{name}", str(value))]
+    found: dict[str, Any] = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        name, *settings = item.split(":")
+        if item in found:
+            raise UserError(f"Method {item!r} is named twice.")
+        if found and name.isdecimal():
+            raise UserError(f"{name!r} is no method. In a setting of several parts write + between them: blocks=3+4+5.")
+        cls = load(verb, name)
+        tuples = {f.name for f in fields_of(cls) if f.type.startswith("tuple[")}
+        found[item] = from_flags(cls, [*common, *(_flag(setting, tuples) for setting in settings)])
+    if not found:
+        raise UserError(f"No method was named. See: retouch methods {verb}")
+    return found
+
+
+def _flag(setting: str, tuples: set[str]) -> str:
+    name = setting.partition("=")[0].replace("-", "_")
+    return f"--{setting.replace('+', ',') if name in tuples else setting}"

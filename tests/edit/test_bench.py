@@ -9,9 +9,10 @@ from typing import ClassVar
 import pytest
 import torch
 
+from retouch import registry
 from retouch.change import Dense, apply
 from retouch.edit import _records, bench
-from retouch.edit.bench import Bench, known_facts, parse_methods
+from retouch.edit.bench import Bench, known_facts
 from retouch.edit.evaluate import examine, grade, known
 from retouch.edit.facts import Fact, Prompt
 from retouch.edit.ft_m import FtM
@@ -378,7 +379,7 @@ def test_another_method_is_added_beside_what_was_measured(llama, tmp_path):
 
 
 def test_methods_are_read_with_their_settings():
-    found = parse_methods("rome, memit:metric=identity:n-steps=10,ft-m:learning_rate=1e-3,", seed=4)
+    found = registry.parse("edit", "rome, memit:metric=identity:n-steps=10,ft-m:learning_rate=1e-3,", seed=4)
     assert list(found) == ["rome", "memit:metric=identity:n-steps=10", "ft-m:learning_rate=1e-3"]
     rome, memit, ft = found.values()
     assert (rome.name, memit.name, ft.name) == ("rome", "memit", "ft_m")
@@ -387,7 +388,7 @@ def test_methods_are_read_with_their_settings():
 
 
 def test_a_setting_of_ones_own_beats_the_seed_of_all():
-    assert parse_methods("rome:seed=9", seed=4)["rome:seed=9"].seed == 9
+    assert registry.parse("edit", "rome:seed=9", seed=4)["rome:seed=9"].seed == 9
 
 
 @pytest.mark.parametrize(
@@ -402,7 +403,7 @@ def test_a_setting_of_ones_own_beats_the_seed_of_all():
 )
 def test_methods_that_cannot_be_read_say_why(text, error, says):
     with pytest.raises(error, match=says.replace("?", "[?]")):
-        parse_methods(text)
+        registry.parse("edit", text)
 
 
 def test_known_facts_are_the_first_that_the_model_knows(llama):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from retouch.edit.bench import parse_methods
+from retouch import registry
 from retouch.errors import SettingsError, UserError
 
 
 def test_a_setting_of_several_parts_is_joined_by_plus_signs():
-    found = parse_methods("memit:blocks=3+4+5:metric=identity,top:blocks=7,rome:learning-rate=1e+1")
+    found = registry.parse("edit", "memit:blocks=3+4+5:metric=identity,top:blocks=7,rome:learning-rate=1e+1")
     assert list(found) == ["memit:blocks=3+4+5:metric=identity", "top:blocks=7", "rome:learning-rate=1e+1"]
     memit, top, rome = found.values()
     assert (memit.blocks, memit.metric) == ((3, 4, 5), "identity")
@@ -27,4 +27,4 @@ def test_a_setting_of_several_parts_is_joined_by_plus_signs():
 )
 def test_parts_that_cannot_be_read_say_why(text, error, says):
     with pytest.raises(error, match=says):
-        parse_methods(text)
+        registry.parse("edit", text)

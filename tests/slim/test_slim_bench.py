@@ -12,6 +12,7 @@ import torch
 from slim_made import source, task
 
 import families
+from retouch import registry
 from retouch.errors import SettingsError, UnknownName, UserError
 from retouch.model import wrap
 from retouch.progress import listen
@@ -215,11 +216,11 @@ def test_what_has_no_format_is_made_anew_to_be_timed(whole, tmp_path):
 
 
 def test_methods_are_read_with_their_settings():
-    found = bench.parse_methods("costeff, static,static:match=flops:seed=3,first-k:n_blocks=2", preset="paper")
+    found = registry.parse("slim", "costeff, static,static:match=flops:seed=3,first-k:n_blocks=2", preset="paper")
     assert list(found) == ["costeff", "static", "static:match=flops:seed=3", "first-k:n_blocks=2"]
     assert found["static:match=flops:seed=3"] == Static(preset="paper", match="flops", seed=3)
     assert found["first-k:n_blocks=2"] == FirstK(preset="paper", n_blocks=2)
-    assert len(bench.parse_methods(bench.METHODS)) == 8
+    assert len(registry.parse("slim", bench.METHODS)) == 8
 
 
 @pytest.mark.parametrize(
@@ -234,7 +235,7 @@ def test_methods_are_read_with_their_settings():
 )
 def test_a_wrong_method_is_named(text, error, says):
     with pytest.raises(error, match=says):
-        bench.parse_methods(text)
+        registry.parse("slim", text)
 
 
 def test_seeds_are_read():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
 import socket
@@ -22,6 +23,7 @@ from retouch.progress import listen
 from retouch.slim.base import Widths
 from retouch.slim.costeff import CostEff
 from retouch.slim.cutting import Scoring
+from retouch.slim.encoded import endless
 from retouch.slim.losses import hidden_loss
 from retouch.slim.network import from_classifier, from_encoder
 from retouch.slim.presets import Stage, stages
@@ -538,3 +540,19 @@ def test_two_processes_keep_the_same_units_as_one(tmp_path):
     assert [child.wait(timeout=280) for child in children] == [0, 0]
     kept = json.loads((tmp_path / "two.json").read_text())
     assert kept == [alone.network.config.kept_heads, alone.network.config.kept_neurons]
+
+
+# ---------------------------------------------------------------- what a teacher is asked
+
+
+def test_a_teacher_is_asked_about_the_rows_of_a_stage_and_no_others(tmp_path):
+    ready = run(tmp_path)
+    original, encoded = ready.original(), ready.encoded("train")
+    whole, seed = ready.answers(original)[1], ready.seed("assistant")
+    few = ready.answers(original, 3, seed)[1]
+    visited = sorted(row for batch in itertools.islice(endless(encoded, 8, seed), 3) for row in batch)
+    assert len(visited) == 24
+    assert torch.allclose(few[visited], whole[visited], rtol=0, atol=1e-6)
+    assert (whole != 0).all()
+    assert not few[[row for row in range(len(encoded)) if row not in visited]].any()
+    assert torch.equal(ready.answers(original, 1000, seed)[1], whole)  # more than one pass: all of them

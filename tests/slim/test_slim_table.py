@@ -15,7 +15,7 @@ from threshold_tables import make_table
 from retouch.errors import SettingsError, UserError
 from retouch.slim.base import Size, Widths
 from retouch.slim.rules import ALWAYS, Rule, advance, due, uncertainty
-from retouch.slim.table import Costs, Table, fit_temperatures, flops_costs, grid, leaving, scan, seconds_costs, unsure
+from retouch.slim.table import Costs, Table, fit_temperatures, flops_costs, grid, leaving, scan, unsure
 
 CLASS_RULES = ["entropy", "max_prob", "margin", "patience"]
 NUMBER_RULES = ["patience", "delta"]
@@ -178,14 +178,6 @@ def test_the_share_is_of_totals_and_the_ratio_of_each():
     assert costs.ratios(where).tolist() == [[0.5, 0.25], [0.75, 0.75]]
     assert costs.highest() == 1.0
     assert Costs(np.array([[1.0, 5.0]]), np.array([4.0])).highest() == 1.25
-
-
-def test_seconds_add_up_block_by_block():
-    costs = seconds_costs(make_table(3), [0.1, 0.2, 0.3, 0.4], base_seconds=2.0, embed_seconds=0.05)
-    assert costs.spent[0] == pytest.approx([0.15, 0.35, 0.65, 1.05])
-    assert costs.share(np.full((3, 1), 3)) == pytest.approx([1.05 / 2])
-    with pytest.raises(SettingsError, match="seconds must hold one number above 0 for each of the 4 blocks"):
-        seconds_costs(make_table(3), [0.1], base_seconds=2.0)
 
 
 # ------------------------------------------------ traps

@@ -29,7 +29,6 @@ from retouch.slim.thresholds import (
     flops_costs,
     grid,
     likeness,
-    seconds_costs,
 )
 
 SIZE = Size(blocks=4, d_model=32, heads=4, d_ff=64, vocab=100, positions=64, token_types=2, classes=3)
@@ -296,7 +295,7 @@ def test_a_generous_budget_needs_no_exits(calib, points, costs):
 
 
 def test_a_budget_of_seconds(calib, points):
-    clock = seconds_costs(calib, [1.0, 1.0, 1.0, 1.0], base_seconds=8.0)
+    clock = Costs(np.tile(np.arange(1.0, 5.0), (calib.n, 1)), np.full(calib.n, 8.0))
     found = choose(calib, RULE, points, budget=0.25, costs=clock)
     assert found.cost == pytest.approx(found.exit_layer / 8) and found.exit_layer <= 2
 

@@ -55,11 +55,12 @@ def edit(
     json_: Annotated[Path, typer.Option("--json", help="The result.")] = Path("bench-edit.json"),
 ) -> None:
     """Measure editing methods on real facts; an interrupted run goes on when the same command is given again."""
+    from .. import registry
     from ..edit import bench
     from ..edit._sets import Asked, apart, draw
     from ..errors import UserError
 
-    chosen = bench.parse_methods(methods, seed)
+    chosen = registry.parse("edit", methods, seed=seed)
     if batch < 1 or generations < 0 or n < 1 or chunk < 0:
         raise UserError("--n and --batch must be at least 1, --generations at least 0, --chunk at least 0.")
     asked = Asked(suite, tuple(data or ()), n, group_size, known, seed, skip_bad)
@@ -138,12 +139,13 @@ def slim(
 
     Example: retouch bench slim --data sst2 --methods costeff,static,plugged --seeds 0,1,2 --html sst2.html
     """
+    from .. import registry
     from ..errors import UserError
     from ..slim import bench
     from ..slim.base import Budget
     from ..slim.opening import open_source
 
-    chosen = bench.parse_methods(methods or bench.METHODS, preset=preset)
+    chosen = registry.parse("slim", methods or bench.METHODS, preset=preset)
     asked = bench.parse_seeds(seeds)
     budget = Budget(params, None if flops == "none" else flops)
     if draws < 2:
@@ -175,10 +177,10 @@ def _shown_slim(result: dict[str, Any], out: Path) -> None:
     table = [[name, *(row.get(c) for c in kept)] for name, row in result["methods"].items()]
     _show.table(f"{result['n']} test rows of {result['data']}", ["method", *kept], table)
     for one in result["differences"]:
-        said = {"quality_at_cost": "at its FLOPs", "quality_auc": "over all costs both reach"}.get(one["metric"], "")
+        said = {"quality_at_cost": " at its FLOPs", "quality_auc": " over all costs both reach"}.get(one["metric"], "")
         _show.say(
-            f"{one['method']} against {one['rival']} {said}: {one['difference']:+.4f} "
-            f"(standard error {one['standard_error']:.4f}), {one['verdict']}.".replace(" :", ":")
+            f"{one['method']} against {one['rival']}{said}: {one['difference']:+.4f} "
+            f"(standard error {one['standard_error']:.4f}), {one['verdict']}."
         )
     missed = [name for name, row in result["methods"].items() if row["reached"] < 1]
     if missed:

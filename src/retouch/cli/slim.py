@@ -176,16 +176,15 @@ def _planned(plan: Plan, task: Task) -> None:
     )
 
 
-def _free(out: Path) -> None:
-    """Refuse a place where a slim model cannot be saved, before any work."""
+def _free(out: Path, mark: str = "retouch.json", what: str = "slim model of ours") -> None:
+    """Refuse a place where a folder cannot be saved, before any work; one of the same kind may give way."""
     from ..errors import UserError
     from ..store import read_json, refuse_inside
 
     refuse_inside(out)
-    record = out / "retouch.json"
-    ours = record.is_file() and read_json(record).get("kind") == "slim"
+    ours = (out / mark).is_file() and (mark != "retouch.json" or read_json(out / mark).get("kind") == "slim")
     if out.exists() and not ours and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out} exists and is no slim model of ours. Name another folder.")
+        raise UserError(f"{out} exists and is no {what}. Name another folder.")
     above = next(folder for folder in out.absolute().parents if folder.exists())
     if not (above.is_dir() and os.access(above, os.W_OK)):
         raise UserError(f"{out} cannot be made: {above} is no folder that can be written. Name another place.")
@@ -342,7 +341,6 @@ def _export(
 ) -> None:  # fmt: skip
     from ..errors import UserError
     from ..slim.exporting import export_saved
-    from ..store import refuse_inside
 
     try:
         blocks = [int(c) for c in cuts.split(",")] if cuts else None
@@ -350,13 +348,7 @@ def _export(
         raise UserError(f"--cuts are block numbers with commas between, such as 1,3; got {cuts!r}.") from None
     if int8 and calib is None:
         raise UserError("--int8 is compared with float32 before it is trusted: give --calib, a file of rows.")
-    refuse_inside(folder)
-    if (
-        folder.exists()
-        and not (folder / "exits.json").is_file()
-        and not (folder.is_dir() and not any(folder.iterdir()))
-    ):
-        raise UserError(f"{folder} exists and is no export. Name another folder.")
+    _free(folder, "exits.json", "export")
     with _show.progress():
         made = export_saved(model, folder, cuts=blocks, int8=int8, calib=calib, keep_refused=keep_refused)
     if json_:

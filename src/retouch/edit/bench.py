@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from .. import registry, store
-from ..change import versions
-from ..errors import UserError
+from .. import store
+from ..measure import environment
 from ..model import Model
 from ..progress import report
-from ..settings import fields_of, from_flags
 from ._records import Plan, Work
 from .base import EditMethod
 from .evaluate import known
 from .facts import Fact
 from .score import summarise
 
-__all__ = ["Bench", "environment", "known_facts", "parse_methods", "run"]
+__all__ = ["Bench", "known_facts", "run"]
 
 PEAKS = ("peak_mib", "device_peak_mib")
 """Of these the result gives the largest; of everything else the mean."""
@@ -53,31 +48,6 @@ class Bench:
     keep_rows: bool = False
 
 
-def parse_methods(text: str, seed: int = 0) -> dict[str, EditMethod]:
-    """Read ``rome,memit:metric=identity:blocks=3+4+5`` as methods with settings; ``+`` joins the parts of a tuple.
-
-    Raises:
-        UnknownName: No such method.
-        SettingsError: A setting is unknown or not allowed.
-    """
-    methods: dict[str, EditMethod] = {}
-    for item in filter(None, (t.strip() for t in text.split(","))):
-        name, *settings = item.split(":")
-        if methods and name.isdecimal():
-            raise UserError(f"{name!r} is no method. In a setting of several parts write + between them: blocks=3+4+5.")
-        cls = registry.load("edit", name)
-        tuples = {f.name for f in fields_of(cls) if f.type.startswith("tuple[")}
-        flags = [f"--{s.replace('+', ',') if _setting(s) in tuples else s}" for s in settings]
-        methods[item] = from_flags(cls, ["--seed", str(seed), *flags])
-    if not methods:
-        raise UserError("No method was named. See: retouch methods edit")
-    return methods
-
-
-def _setting(text: str) -> str:
-    return text.partition("=")[0].replace("-", "_")
-
-
 def known_facts(model: Model, facts: Sequence[Fact], n: int) -> list[Fact]:
     """Return the first `n` facts whose true answer the unedited model prefers."""
     kept: list[Fact] = []
@@ -88,30 +58,6 @@ def known_facts(model: Model, facts: Sequence[Fact], n: int) -> list[Fact]:
         if len(kept) >= n:
             break
     return kept[:n]
-
-
-def environment(model: Model | None = None) -> dict[str, Any]:
-    """Say on what the numbers were measured.
-
-    Args:
-        model: Tells its own device and type; without it the first accelerator is named, if there is one.
-    """
-    processor = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), processor)
-    except OSError:
-        pass
-    on_cuda = torch.cuda.is_available() if model is None else model.device.type == "cuda"
-    device = "cpu" if model is None else model.device.type
-    return {
-        **versions(),
-        "device": torch.cuda.get_device_name(model.device if model else None) if on_cuda else device,
-        "processor": processor,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        **({} if model is None else {"dtype": str(next(model.network.parameters()).dtype).removeprefix("torch.")}),
-    }
 
 
 def run(

@@ -20,11 +20,10 @@ from .. import store
 from ..change import Change
 from ..errors import BoundRefused, NoEffect, SolveError, UserError
 from ..ledger import Ledger, Policy, save_ledger
-from ..measure import perplexity
+from ..measure import environment, perplexity
 from ..model import Model
 from ..progress import report
 from .base import EditMethod
-from .bench import environment
 from .collapse import Point, Watch, distinct, watch
 from .facts import Fact
 

@@ -17,7 +17,7 @@ from ._config import SlimConfig
 from ._families import Parts, bare_body, family_of, narrow, parts_of
 from .base import Size, Widths
 from .equilibrium import counts, scale_gradient
-from .losses import hard_loss
+from .losses import hard_loss, targets
 
 __all__ = ["Levels", "Parts", "SlimForSequenceClassification", "SlimOutput"]
 
@@ -200,16 +200,6 @@ class SlimForSequenceClassification(PreTrainedModel):  # type: ignore[misc]
                 at = _scaled(at, m[block + 1])
         return Levels(tuple(hidden), logits)
 
-    def standardised(self, labels: Tensor) -> Tensor:
-        """Return labels as the losses take them: a regression's in standardised units, indices of classes as they are.
-
-        Shapes: `labels` (batch,) or (batch, 1); returns (batch,).
-        """
-        if self.config.task != "regression":
-            return labels.view(-1)
-        scaled: Tensor = (labels.view(-1) - self.config.target_mean) / self.config.target_scale
-        return scaled
-
     # ------------------------------------------------------------ the whole
 
     def forward(
@@ -265,7 +255,7 @@ class SlimForSequenceClassification(PreTrainedModel):  # type: ignore[misc]
         return SlimOutput(loss=loss, logits=self._in_units(answers.logits), exit_block=answers.where)
 
     def _loss(self, logits: dict[int, Tensor], labels: Tensor | None) -> Tensor | None:
-        return None if labels is None else hard_loss(logits, self.standardised(labels), self.config.task)
+        return None if labels is None else hard_loss(logits, targets(labels, self.config), self.config.task)
 
     def _in_units(self, logits: Tensor) -> Tensor:
         if self.config.task != "regression":

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from .._rules import Floats, Ints
 from ..errors import UserError, unknown
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["METRICS", "Metric", "quality"]
+__all__ = ["METRICS", "Metric", "qualities", "quality"]
 
 Metric = Literal["accuracy", "f1", "mcc", "spearman"]
 METRICS: tuple[Metric, ...] = ("accuracy", "f1", "mcc", "spearman")
@@ -50,45 +51,77 @@ def quality(metric: str, predictions: ArrayLike, labels: ArrayLike, classes: int
             f"{metric} compares as many predictions as labels, at least one; got shapes {predicted.shape} and "
             f"{true.shape}."
         )
-    if metric == "spearman":
-        return _spearman(predicted.astype(float), true.astype(float))
-    if metric == "accuracy":
-        return float((predicted == true).mean())
-    counts = _confusion(predicted.astype(int), true.astype(int), classes)
-    return _f1(counts) if metric == "f1" else _mcc(counts)
-
-
-def _confusion(predicted: NDArray[np.int64], true: NDArray[np.int64], classes: int | None) -> NDArray[np.float64]:
-    """Count by true class (rows) and predicted class (columns)."""
-    size = max(classes or 2, int(predicted.max()) + 1, int(true.max()) + 1)
-    counts = np.zeros((size, size))
-    np.add.at(counts, (true, predicted), 1)
-    return counts
-
-
-def _f1(counts: NDArray[np.float64]) -> float:
-    twice, total = 2 * np.diag(counts), counts.sum(0) + counts.sum(1)
-    scores = np.divide(twice, total, out=np.zeros(len(counts)), where=total > 0)
-    return float(scores[1] if len(counts) == 2 else scores.mean())
-
-
-def _mcc(counts: NDArray[np.float64]) -> float:
-    n, right = counts.sum(), np.trace(counts)
-    predicted, true = counts.sum(0), counts.sum(1)
-    spread = (n**2 - predicted @ predicted) * (n**2 - true @ true)
-    return float((right * n - predicted @ true) / np.sqrt(spread)) if spread > 0 else 0.0
-
-
-def _spearman(predicted: NDArray[np.float64], true: NDArray[np.float64]) -> float:
     for what, values in (("predictions", predicted), ("labels", true)):
         if n_bad := int((~np.isfinite(values)).sum()):
             raise UserError(f"{n_bad} of {len(values)} {what} are not finite.")
-    one, other = (ranks - ranks.mean() for ranks in (_ranks(predicted), _ranks(true)))
-    spread = np.sqrt((one @ one) * (other @ other))
-    return float(np.clip(one @ other / spread, -1, 1)) if spread > 0 else 0.0
+    return float(qualities(metric, np.ones((1, len(true))), predicted[:, None], true, classes or 2)[0, 0])
 
 
-def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ranks: NDArray[np.float64] = (np.cumsum(counts) - (counts - 1) / 2)[place]
-    return ranks
+def qualities(metric: str, weights: Floats, answers: NDArray[Any], labels: NDArray[Any], classes: int) -> Floats:
+    """Do as `quality` for rows that count several times, at many thresholds.
+
+    Shapes: `weights` (draws, n), `answers` (n, thresholds), `labels` (n); returns (draws, thresholds).
+
+    Args:
+        metric: One of `METRICS`.
+        weights: How often each example counts.
+        answers: Classes, or numbers for ``spearman``.
+        labels: Likewise.
+        classes: How many classes there are.
+    """
+    if metric not in METRICS:
+        raise unknown("metric", metric, METRICS)
+    if metric == "accuracy":
+        return np.asarray(weights @ (answers == labels[:, None]) / weights.sum(1)[:, None])
+    if metric == "spearman":
+        return _spearman(weights, answers.astype(np.float64), labels.astype(np.float64))
+    counts = _confusion(weights, answers.astype(int), labels.astype(int), classes)
+    return _f1(counts) if metric == "f1" else _mcc(counts)
+
+
+def _confusion(weights: Floats, answers: Ints, labels: Ints, classes: int) -> Floats:
+    """Count by true class and answer, (draws, thresholds, classes, classes)."""
+    size = max(classes, 2, int(answers.max()) + 1, int(labels.max()) + 1)
+    counts = np.empty((len(weights), answers.shape[1], size, size))
+    for true in range(size):
+        here = labels == true
+        for said in range(size):
+            counts[:, :, true, said] = weights[:, here] @ (answers[here] == said)
+    return counts
+
+
+def _f1(counts: Floats) -> Floats:
+    twice, total = 2 * np.einsum("...cc->...c", counts), counts.sum(-1) + counts.sum(-2)
+    scores = np.divide(twice, total, out=np.zeros_like(twice), where=total > 0)
+    return np.asarray(scores[..., 1] if scores.shape[-1] == 2 else scores.mean(-1))
+
+
+def _mcc(counts: Floats) -> Floats:
+    n, right = counts.sum((-1, -2)), np.einsum("...cc->...", counts)
+    predicted, true = counts.sum(-2), counts.sum(-1)
+    spread = (n**2 - (predicted**2).sum(-1)) * (n**2 - (true**2).sum(-1))
+    lead = right * n - (predicted * true).sum(-1)
+    return np.asarray(np.divide(lead, np.sqrt(np.maximum(spread, 0)), out=np.zeros_like(lead), where=spread > 0))
+
+
+def _spearman(weights: Floats, answers: Floats, labels: Floats) -> Floats:
+    true, total = _ranks(weights, labels), weights.sum(1)
+    true = true - ((weights * true).sum(1) / total)[:, None]
+    found = np.zeros((len(weights), answers.shape[1]))
+    for i in range(answers.shape[1]):
+        said = _ranks(weights, answers[:, i])
+        said = said - ((weights * said).sum(1) / total)[:, None]
+        spread = np.sqrt((weights * said**2).sum(1) * (weights * true**2).sum(1))
+        both = (weights * said * true).sum(1)
+        found[:, i] = np.clip(np.divide(both, spread, out=np.zeros_like(both), where=spread > 0), -1, 1)
+    return found
+
+
+def _ranks(weights: Floats, values: Floats) -> Floats:
+    """Rank values that count several times; equal ones share their mean rank, (draws, n)."""
+    _, place = np.unique(values, return_inverse=True)
+    order = np.argsort(place, kind="stable")
+    ends = np.flatnonzero(np.diff(place[order], append=place.max() + 1))
+    upto = weights[:, order].cumsum(1)[:, ends]
+    below = np.concatenate([np.zeros((len(weights), 1)), upto[:, :-1]], axis=1)
+    return np.asarray(((below + upto + 1) / 2)[:, place])

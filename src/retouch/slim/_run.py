@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +22,7 @@ from ._originals import pooling_of
 from .base import Plan, SlimMethod, Widths
 from .cutting import Scoring, cut, token_counts
 from .data import Task
-from .encoded import Encoded, encode, order, padded
+from .encoded import Encoded, encode, endless, padded
 from .network import SlimForSequenceClassification
 from .presets import Stage, Stages, TrainingSettings, stages
 from .processes import state
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Assignment", "BaseRun", "Trained"]
 
-_FORMAT = 1
+_FORMAT = 2
 """Raised whenever the same settings no longer lead to the same weights, so that older stages are not reused."""
 
 _DECIDING = {"batch_size", "n_parts", "weight_decay", "clip"}
@@ -180,12 +181,7 @@ class BaseRun:
     def n_steps(self, stage: Stage) -> int:
         """Return how many steps a stage takes on this task, counted before it starts."""
         encoded, size, seed = self.encoded("train"), self.settings.batch_size, self.seed(stage.name)
-
-        def tokens_of() -> Iterator[int]:
-            for epoch in range(1_000_000):
-                yield from (padded(encoded, rows) for rows in order(encoded, size, seed=seed, epoch=epoch))
-
-        return steps(stage, tokens_of(), -(-len(encoded) // size))
+        return steps(stage, (padded(encoded, rows) for rows in endless(encoded, size, seed)), -(-len(encoded) // size))
 
     def seed(self, name: str) -> int:
         """Give each stage its own seed, so that a reused stage leaves the later ones as they would be."""
@@ -222,19 +218,29 @@ class BaseRun:
         self.history.append(record)
         return Trained(network, key, record)
 
-    def answers(self, trained: Trained | None, split: str = "train") -> dict[int, Tensor]:
-        """Return every exit's logits on a split, by block, on the run's device; computed once and kept.
+    def answers(self, trained: Trained | None, n_batches: int | None = None, seed: int = 0) -> dict[int, Tensor]:
+        """Return every exit's logits on the training set, by block, on the run's device; computed once and kept.
+
+        Args:
+            trained: Whose.
+            n_batches: Only the rows of so many batches of a stage are needed; the others stay 0. None: all.
+            seed: Of that stage.
 
         Raises:
             UserError: There is no teacher.
         """
         if trained is None:
             raise UserError("A stage that learns from a teacher's answers needs a teacher.")
-        made_of = {"trained": trained.key, "data": _digest(self.encoded(split))}
+        encoded, size = self.encoded("train"), self.settings.batch_size
+        rows = None
+        if n_batches is not None and n_batches < -(-len(encoded) // size):  # less than one pass
+            batches = itertools.islice(endless(encoded, size, seed), n_batches)
+            rows = sorted(itertools.chain.from_iterable(batches))
+        made_of = {"trained": trained.key, "data": _digest(encoded), "rows": rows}
         folder = self.folder / f"answers-{store.key(precision=self.accelerator.mixed_precision, **made_of)}"
         found = checkpoint.load(folder)
         if found is None:
-            logits = answers(self.accelerator, trained.network, self.encoded(split))
+            logits = answers(self.accelerator, trained.network, encoded, rows)
             found = {str(block): z for block, z in logits.items()}, {}
             if self.accelerator.is_main_process:
                 checkpoint.save(folder, *found)
@@ -262,8 +268,9 @@ class BaseRun:
 
     def _course(self, work: Assignment, n_steps: int) -> Course:
         stage, teacher = work.stage, work.teacher
-        shown = {} if stage.answers in ("none", "labels") else self.answers(teacher)
-        against = None if work.original is None else self.answers(work.original)
+        visited = (n_steps, self.seed(stage.name))
+        shown = {} if stage.answers in ("none", "labels") else self.answers(teacher, *visited)
+        against = None if work.original is None else self.answers(work.original, *visited)
         n_checks = max(self.stages.n_checks, round(stage.epochs or 0))
         return Course(
             stage=stage,

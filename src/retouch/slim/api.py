@@ -27,7 +27,7 @@ from .readings import Tables
 from .rules import Rule
 from .stages import Fitted
 from .stages import fit as fit_method
-from .table import Table, fit_temperatures, grid, unsure
+from .table import Table, fit_temperatures, grid, leaving, unsure
 from .thresholds import Likeness, Threshold, choose, likeness
 
 __all__ = ["LADDER", "Exiting", "Slim", "calibrated", "fit"]
@@ -265,7 +265,7 @@ def calibrated(
     valid = tables.of("valid")
     rule = ask.rule_for(task, fit_temperatures(valid) if ask.temperatures and task.labels is not None else None)
     lambdas = grid(valid, rule)
-    threshold = _threshold(tables, task, budget, rule, lambdas, ask, plan)
+    threshold = _threshold(tables, task, budget, rule, lambdas, ask)
     network.config.rule, network.config.every, network.config.min_block = rule.name, rule.every, rule.min_block
     network.config.temperatures = list(rule.temperatures) if rule.temperatures else None
     network.config.threshold = None if threshold is None else threshold.saved
@@ -294,9 +294,7 @@ def calibrated(
     )
 
 
-def _threshold(
-    tables: Tables, task: Task, budget: Budget, rule: Rule, lambdas: Any, ask: Exiting, plan: Plan
-) -> Threshold | None:
+def _threshold(tables: Tables, task: Task, budget: Budget, rule: Rule, lambdas: Any, ask: Exiting) -> Threshold | None:
     if budget.flops is None and budget.max_harm is None:
         return None
     risk = None if budget.max_harm is None else risk_of(task, budget.max_harm, ask)
@@ -322,8 +320,6 @@ def _range(task: Task) -> float:
 
 def _shown(task: Task, split: str, table: Table, rule: Rule, threshold: float) -> dict[str, list[dict[str, Any]]]:
     """Pick texts that left early and late, with what was said and what was right."""
-    from .table import leaving
-
     where, rows = leaving(table, rule, [threshold])[:, 0], getattr(task, split)
     said = table.taken(where, table.answers())
 

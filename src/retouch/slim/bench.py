@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from .. import registry, store
+from .. import store
 from ..errors import UserError
 from ..progress import report as say
 from ..report import Table as Sheet
 from ..report import write_html
-from ..settings import from_flags
 from . import checkpoint
 from ._asked import task_of
 from ._parts import Part, keep, part_key, recall
@@ -24,43 +23,19 @@ from .api import Exiting, fit
 from .base import Budget, SlimMethod
 from .data import Task
 from .encoded import encode
-from .latency import Call, Latency, _machine, call_network, measure
+from .latency import Call, Latency, call_network, machine, measure
 from .opening import Source, open_source
 from .paired import Difference, Draws, compare, draw
 from .pareto import BASE, apart, called, interval, operating, points_of, report
 from .points import Point, area, best_so_far, flops_at
 from .table import leaving
 
-__all__ = ["METHODS", "parse_methods", "parse_seeds", "read_task", "run"]
+__all__ = ["METHODS", "parse_seeds", "read_task", "run"]
 
 METHODS = "costeff,static,static:match=flops,plugged,full_exits,first_k:n_blocks=1,first_k:n_blocks=2,linear"
 """What is compared where nothing is named: the method, and the rivals that hurt."""
 
 Row = dict[str, Any]
-
-
-def parse_methods(text: str, **defaults: Any) -> dict[str, SlimMethod]:
-    """Read ``costeff,static:match=flops,first_k:n_blocks=2`` as methods with settings.
-
-    Args:
-        text: Names with settings, commas between.
-        **defaults: Settings of all of them, such as ``preset``.
-
-    Raises:
-        UnknownName: No such method.
-        SettingsError: A setting is unknown or not allowed.
-        UserError: No method is named, or one twice.
-    """
-    methods: dict[str, SlimMethod] = {}
-    common = [word for name, value in defaults.items() for word in (f"--{name}", str(value))]
-    for item in filter(None, (part.strip() for part in text.split(","))):
-        name, *settings = item.split(":")
-        if item in methods:
-            raise UserError(f"Method {item!r} is named twice.")
-        methods[item] = from_flags(registry.load("slim", name), [*common, *(f"--{s}" for s in settings)])
-    if not methods:
-        raise UserError("No method was named. See: retouch methods slim")
-    return methods
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
@@ -359,7 +334,7 @@ def _draws(part: Part, metric: str, n_draws: int, seed: int) -> Draws:
 
 def _environment(bench: _Bench, times: Latency | None) -> Row:
     return {
-        **(_machine() if times is None else dict(times.environment)),
+        **(machine() if times is None else dict(times.environment)),
         "budget": bench.budget.to_dict(),
         "seeds": list(bench.seeds),
         "rows": {split: len(getattr(bench.task, split)) for split in ("train", "valid", "calib", "test")},

@@ -6,6 +6,7 @@ which order the batches come, depends only on the lengths, the seed and the epoc
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from .data import Example
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Encoded", "batches", "collate", "encode", "order", "padded"]
+__all__ = ["Encoded", "batches", "collate", "encode", "endless", "order", "padded"]
 
 AT_ONCE = 1024
 """Texts given to the tokenizer at once."""
@@ -48,6 +49,13 @@ class Encoded:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def only(self, rows: Sequence[int]) -> Encoded:
+        """Return some of the examples, in the order of `rows`."""
+        ids = tuple(self.ids[row] for row in rows)
+        types = None if self.types is None else tuple(self.types[row] for row in rows)
+        labels = tuple(self.labels[row] for row in rows)
+        return Encoded(ids, types, labels, self.pad, self.truncated)
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -165,6 +173,12 @@ def order(
     ]
     chance.shuffle(found)
     return found
+
+
+def endless(encoded: Encoded, batch_size: int, seed: int) -> Iterator[list[int]]:
+    """Yield the batches of `order`, pass after pass, without end: what a stage trains on, from its first step."""
+    for epoch in itertools.count():
+        yield from order(encoded, batch_size, seed=seed, epoch=epoch)
 
 
 def _cut(

@@ -8,24 +8,22 @@ from __future__ import annotations
 
 import inspect
 import os
-import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..change import versions
 from ..errors import UserError, unknown
+from ..measure import environment
 from ..progress import report
 from ..router import Router
 
-__all__ = ["Batch", "Call", "Latency", "Row", "batches", "call_network", "call_router", "measure"]
+__all__ = ["Batch", "Call", "Latency", "Row", "batches", "call_network", "call_router", "machine", "measure"]
 
 Ints: TypeAlias = NDArray[np.int64]
 Order = Literal["shuffled", "by_length"]
@@ -219,7 +217,7 @@ def measure(
                 found.append(_row(name, size, order, seconds))
     report("latency", len(runs), len(runs))
     load.append(_load())
-    return Latency(tuple(found), {**_machine(), **used, "load_before": load[0], "load_after": load[1]}, _noisy(load))
+    return Latency(tuple(found), {**machine(), **used, "load_before": load[0], "load_after": load[1]}, _noisy(load))
 
 
 def _orders(batch_size: int) -> tuple[Order, ...]:
@@ -274,14 +272,10 @@ def _noisy(load: Sequence[float | None]) -> bool:
     return max((value for value in load if value is not None), default=0.0) > (os.cpu_count() or 1)
 
 
-def _machine() -> dict[str, Any]:
-    processor = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
-        processor = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), processor)
+def machine() -> dict[str, Any]:
+    """Say on what times are taken."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {**versions(), **_onnxruntime(), "processor": processor, "cores": os.cpu_count(), "usable_cores": usable}
+    return {**environment(), **_onnxruntime(), "usable_cores": usable}
 
 
 def _onnxruntime() -> dict[str, str]:

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import UserError, unknown
-from ._quality import METRICS
+from ..errors import UserError
+from ._quality import qualities
 from .rules import Floats, Ints
 from .table import Costs, Table
 
-__all__ = ["Difference", "Draws", "areas", "compare", "draw", "qualities"]
+__all__ = ["Difference", "Draws", "areas", "compare", "draw"]
 
 _CELLS = 4_000_000
 """Weights that are held at once, draws by examples."""
@@ -99,79 +99,6 @@ def _weights(n: int, n_draws: int, seed: int) -> Iterator[Floats]:
         drawn = chance.integers(n, size=(min(size, n_draws - start), n))
         drawn += n * np.arange(len(drawn))[:, None]
         yield np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape).astype(np.float64)
-
-
-# ---------------------------------------------------------------- quality with weights
-
-
-def qualities(metric: str, weights: Floats, answers: NDArray[Any], labels: NDArray[Any], classes: int) -> Floats:
-    """Do as `retouch.slim.data.quality` for rows that count several times.
-
-    Shapes: `weights` (draws, n), `answers` (n, thresholds), `labels` (n); returns (draws, thresholds).
-
-    Args:
-        metric: One of `METRICS`.
-        weights: How often each example counts.
-        answers: Classes, or numbers for ``spearman``.
-        labels: Likewise.
-        classes: How many classes there are.
-    """
-    if metric not in METRICS:
-        raise unknown("metric", metric, METRICS)
-    if metric == "accuracy":
-        return np.asarray(weights @ (answers == labels[:, None]) / weights.sum(1)[:, None])
-    if metric == "spearman":
-        return _spearman(weights, answers.astype(np.float64), labels.astype(np.float64))
-    counts = _confusion(weights, answers.astype(int), labels.astype(int), classes)
-    return _f1(counts) if metric == "f1" else _mcc(counts)
-
-
-def _confusion(weights: Floats, answers: Ints, labels: Ints, classes: int) -> Floats:
-    """Count by true class and answer, (draws, thresholds, classes, classes)."""
-    size = max(classes, 2, int(answers.max()) + 1, int(labels.max()) + 1)
-    counts = np.empty((len(weights), answers.shape[1], size, size))
-    for true in range(size):
-        here = labels == true
-        for said in range(size):
-            counts[:, :, true, said] = weights[:, here] @ (answers[here] == said)
-    return counts
-
-
-def _f1(counts: Floats) -> Floats:
-    twice, total = 2 * np.einsum("...cc->...c", counts), counts.sum(-1) + counts.sum(-2)
-    scores = np.divide(twice, total, out=np.zeros_like(twice), where=total > 0)
-    return np.asarray(scores[..., 1] if scores.shape[-1] == 2 else scores.mean(-1))
-
-
-def _mcc(counts: Floats) -> Floats:
-    n, right = counts.sum((-1, -2)), np.einsum("...cc->...", counts)
-    predicted, true = counts.sum(-2), counts.sum(-1)
-    spread = (n**2 - (predicted**2).sum(-1)) * (n**2 - (true**2).sum(-1))
-    lead = right * n - (predicted * true).sum(-1)
-    return np.asarray(np.divide(lead, np.sqrt(np.maximum(spread, 0)), out=np.zeros_like(lead), where=spread > 0))
-
-
-def _spearman(weights: Floats, answers: Floats, labels: Floats) -> Floats:
-    true, total = _ranks(weights, labels), weights.sum(1)
-    true = true - ((weights * true).sum(1) / total)[:, None]
-    found = np.zeros((len(weights), answers.shape[1]))
-    for i in range(answers.shape[1]):
-        said = _ranks(weights, answers[:, i])
-        said = said - ((weights * said).sum(1) / total)[:, None]
-        spread = np.sqrt((weights * said**2).sum(1) * (weights * true**2).sum(1))
-        both = (weights * said * true).sum(1)
-        found[:, i] = np.clip(np.divide(both, spread, out=np.zeros_like(both), where=spread > 0), -1, 1)
-    return found
-
-
-def _ranks(weights: Floats, values: Floats) -> Floats:
-    """Rank values that count several times; equal ones share their mean rank, (draws, n)."""
-    _, place = np.unique(values, return_inverse=True)
-    order = np.argsort(place, kind="stable")
-    ends = np.flatnonzero(np.diff(place[order], append=place.max() + 1))
-    upto = weights[:, order].cumsum(1)[:, ends]
-    below = np.concatenate([np.zeros((len(weights), 1)), upto[:, :-1]], axis=1)
-    return np.asarray(((below + upto + 1) / 2)[:, place])
 
 
 # ---------------------------------------------------------------- areas

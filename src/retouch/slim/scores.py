@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..errors import UserError, unknown
 from ..progress import track
 from .losses import exit_loss, hard_loss, targets
+from .teaching import resting
 
 if TYPE_CHECKING:
     from .network import Levels, Parts, SlimForSequenceClassification
@@ -274,16 +275,14 @@ def _all_parts(network: SlimForSequenceClassification) -> list[Parts]:
 @contextmanager
 def _resting(network: nn.Module) -> Iterator[None]:
     """Switch dropout off and ask no weight for its slope; afterwards every module and weight is as it was."""
-    training = [(module, module.training) for module in network.modules()]
     wanted = [(weight, weight.requires_grad) for weight in network.parameters()]
-    try:
-        network.eval().requires_grad_(False)
-        yield
-    finally:
-        for module, was in training:
-            module.training = was
-        for weight, asked in wanted:
-            weight.requires_grad_(asked)
+    with resting(network):
+        try:
+            network.requires_grad_(False)
+            yield
+        finally:
+            for weight, asked in wanted:
+                weight.requires_grad_(asked)
 
 
 def _require(seen: int) -> None:

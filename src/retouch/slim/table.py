@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import SettingsError, UserError
+from ..errors import UserError
 from .rules import ALWAYS, TOLERANCE, Floats, Ints, Rule, State, advance, log_softmax, uncertainty
 
 if TYPE_CHECKING:
     from .base import Size, Widths
 
-__all__ = ["Costs", "Table", "fit_temperatures", "flops_costs", "grid", "read_table", "scan", "seconds_costs", "unsure"]
+__all__ = ["Costs", "Table", "fit_temperatures", "flops_costs", "grid", "read_table", "scan", "unsure"]
 
 Array = NDArray[Any]
 
@@ -299,23 +299,3 @@ def flops_costs(table: Table, size: Size, widths: Widths, rule: Rule) -> Costs:
     spent = [[cost(size, widths, int(t), l, n_asked[l]) for l in range(table.n_blocks)] for t in lengths]
     base = [base_cost(size, int(t)) for t in lengths]
     return Costs(np.asarray(spent, dtype=np.float64)[place], np.asarray(base, dtype=np.float64)[place])
-
-
-def seconds_costs(table: Table, seconds: Sequence[float], base_seconds: float, embed_seconds: float = 0.0) -> Costs:
-    """Take the cost from seconds that were measured at the batch size of the service.
-
-    Args:
-        table: For how many examples.
-        seconds: Of each block with its exit, per example.
-        base_seconds: Of the original, per example.
-        embed_seconds: Of the embedding, per example.
-
-    Raises:
-        SettingsError: The seconds are not one positive number a block.
-    """
-    each = np.asarray(seconds, dtype=np.float64)
-    if each.shape != (table.n_blocks,) or not ((each > 0).all() and base_seconds > 0 and embed_seconds >= 0):
-        raise SettingsError(f"seconds must hold one number above 0 for each of the {table.n_blocks} blocks, and "
-                            f"base_seconds be above 0; got {list(seconds)} and {base_seconds!r}.")  # fmt: skip
-    spent = embed_seconds + np.cumsum(each)
-    return Costs(np.tile(spent, (table.n, 1)), np.full(table.n, float(base_seconds)))

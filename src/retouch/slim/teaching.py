@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .data import quality
 from .encoded import Encoded, collate, order
-from .losses import assistant_loss, exit_loss, hard_loss, hidden_loss
+from .losses import assistant_loss, exit_loss, hard_loss, hidden_loss, targets
 from .presets import Stage
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class Lesson(nn.Module):
     def forward(self, batch: Batch, hidden_only: bool, price: float) -> tuple[Tensor, Tensor]:
         """Return the loss of a batch, averaged over its examples, and its harm (0 where none is watched)."""
         seen = self.student.levels(**inputs_of(batch), equilibrium=self.equilibrium)
-        y = self._labels(batch["labels"])
+        y = targets(batch["labels"], self.student.config)
         loss = self._hidden(seen, batch) if self.stage.hidden else None
         if not (hidden_only and self.stage.hidden):
             answers = self._answers(seen, batch, y)
@@ -97,10 +97,6 @@ class Lesson(nn.Module):
         if price:
             loss = loss + price * hard_loss(seen.logits, y, self.student.config.task)
         return loss, harm
-
-    def _labels(self, labels: Tensor) -> Tensor:
-        config = self.student.config
-        return labels if config.task == "classification" else (labels - config.target_mean) / config.target_scale
 
     def _hidden(self, seen: Levels, batch: Batch) -> Tensor:
         network = self._teacher[0].network
@@ -164,20 +160,26 @@ def resting(network: nn.Module) -> Iterator[None]:
 
 
 def answers(
-    accelerator: Accelerator, network: SlimForSequenceClassification, encoded: Encoded, batch_size: int = 64
+    accelerator: Accelerator,
+    network: SlimForSequenceClassification,
+    encoded: Encoded,
+    only: Sequence[int] | None = None,
+    batch_size: int = 64,
 ) -> dict[int, Tensor]:
-    """Return every exit's logits for all examples, at full depth, on the CPU; all processes share the work.
+    """Return every exit's logits, at full depth, on the CPU; all processes share the work.
 
-    Shapes: by block, (examples, classes) float32, in the order of the examples; a regression's are standardised.
+    Shapes: by block, (examples, classes) float32, in the order of the examples; a regression's are standardised. Where
+    `only` some are asked for, the others are 0.
     """
     network.to(accelerator.device)
     found = {
         b: torch.zeros(len(encoded), network.size.classes, device=accelerator.device) for b in network.widths.exits
     }
     with resting(network), torch.no_grad(), accelerator.autocast():
-        work = order(encoded, batch_size, seed=None)
+        asked = range(len(encoded)) if only is None else only
+        work = order(encoded if only is None else encoded.only(only), batch_size, seed=None)
         for rows in work[accelerator.process_index :: accelerator.num_processes]:
-            batch = numbered(encoded, rows, accelerator.device)
+            batch = numbered(encoded, [asked[row] for row in rows], accelerator.device)
             for block, z in network.levels(**inputs_of(batch)).logits.items():
                 found[block][batch["index"]] = z.float()
     # each row is filled by one process and 0 elsewhere, so the sum is exact

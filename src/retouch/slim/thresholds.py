@@ -18,7 +18,7 @@ from ..bound import Certificate, certify, p_value
 from ..errors import BoundRefused, SettingsError
 from .risk import Guarantee, Risk, approved, check_grid, guarantee, losses, passed, too_few
 from .rules import Floats, Ints, Rule
-from .table import Costs, Table, fit_temperatures, flops_costs, grid, leaving, read_table, scan, seconds_costs, unsure
+from .table import Costs, Table, fit_temperatures, flops_costs, grid, leaving, read_table, scan, unsure
 
 __all__ = [
     "Costs",
@@ -34,7 +34,6 @@ __all__ = [
     "likeness",
     "read_table",
     "scan",
-    "seconds_costs",
 ]
 
 

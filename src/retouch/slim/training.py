@@ -26,7 +26,7 @@ from ..errors import RetouchError
 from ..progress import report
 from . import checkpoint
 from .base import Widths
-from .encoded import Encoded, order
+from .encoded import Encoded, endless
 from .presets import Stage, TrainingSettings
 from .schedule import Cycle, Timetable
 from .teaching import Lesson, Teacher, numbered
@@ -274,9 +274,8 @@ class _Training:
 
     def _rows(self, skip: int) -> Iterator[list[int]]:
         """Yield the rows of each batch, pass after pass, without end."""
-        size, seed = self.course.settings.batch_size, self.course.seed
-        passes = (order(self.course.encoded, size, seed=seed, epoch=epoch) for epoch in itertools.count())
-        return itertools.islice(itertools.chain.from_iterable(passes), skip, None)
+        batches = endless(self.course.encoded, self.course.settings.batch_size, self.course.seed)
+        return itertools.islice(batches, skip, None)
 
     # ------------------------------------------------------------ saved states
 

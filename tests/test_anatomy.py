@@ -222,10 +222,10 @@ WRONG = {
     "axes_gpt2": (
         "gpt2",
         {"axes": {"attention.out": "in_out"}},
-        "c_fc.weight: expected blocks.0.mlp.up stored (out, in)",
+        "c_attn.weight: expected blocks.0.attention.qkv stored (out, in)",
     ),
     "square": ("llama_square", {"axes": {"mlp.down": "in_out"}}, OPPOSITE.format("(in, out)")),
-    "square_gpt2": ("gpt2_square", {"axes": "out_in"}, OPPOSITE.format("(out, in)")),
+    "square_gpt2": ("gpt2_square", {"axes": {"attention.qkv": "in_out"}}, OPPOSITE.format("(out, in)")),
     "path": ("llama", {"block": LLAMA | {"mlp.down": "mlp.dwn_proj"}}, "layers.0.mlp.dwn_proj: expected a module"),
     "swapped": (
         "llama",
@@ -317,7 +317,9 @@ def test_axes_of_a_part_that_the_blocks_lack_are_an_error(tiny, own_table):
 
 
 def test_axes_may_be_stated_weight_by_weight(tiny, own_table):
-    own_table("gpt2", axes={"attention.out": "in_out", "mlp.up": "in_out", "mlp.down": "in_out"})
+    own_table(
+        "gpt2", axes={"attention.qkv": "in_out", "attention.out": "in_out", "mlp.up": "in_out", "mlp.down": "in_out"}
+    )
     network, _ = tiny("gpt2")
     prove(describe(network.config, network), network, IDS)
 
@@ -377,7 +379,7 @@ def test_an_unknown_name_says_what_is_allowed(tiny, name, message):
 def test_a_place_that_is_no_matrix_has_no_weight(tiny, name):
     anatomy = describe(tiny("llama")[0].config)
     assert anatomy.name(anatomy.path(name)) == name
-    with pytest.raises(UnknownName, match=r"weight of a llama model .*Known: blocks\.N\.attention\.out"):
+    with pytest.raises(UnknownName, match=r"weight of a llama model .*Known: blocks\.N\.attention\.key"):
         anatomy.weight(name)
 
 

@@ -18,7 +18,12 @@ from .settings import fields_of, from_flags, with_settings
 
 __all__ = ["BASES", "Entry", "find", "load", "make", "methods", "parse"]
 
-BASES = {"edit": ("EditMethod", "ValueEditMethod", "RankOneMethod", "SpreadMethod"), "slim": ("SlimMethod",)}
+BASES = {
+    "edit": ("EditMethod", "ValueEditMethod", "RankOneMethod", "SpreadMethod"),
+    "slim": ("SlimMethod",),
+    "fuse": ("FuseMethod",),
+    "recommend": ("Recommender",),
+}
 """The base classes of each verb's methods."""
 
 

@@ -43,6 +43,7 @@ class Anatomy:
         d_ff: Width of what flows into ``mlp.down``.
         heads: Attention heads.
         head_dim: Width of one head; heads x head_dim flow into ``attention.out``.
+        kv_heads: Heads that have keys and values of their own; groups of the others share them.
         d_embed: Width of one row of the embedding (OPT may project it to d_model).
         vocab_size: Rows of the embedding.
         parallel: Whether attention and MLP read the same input.
@@ -76,6 +77,7 @@ class Anatomy:
     d_ff: int
     heads: int
     head_dim: int
+    kv_heads: int
     d_embed: int
     vocab_size: int
     parallel: bool
@@ -214,11 +216,13 @@ class Anatomy:
 
     def _shapes(self) -> dict[str, tuple[int, int]]:
         up, inner = (self.d_ff, self.d_model), self.heads * self.head_dim
+        grouped = self.kv_heads * self.head_dim
         return {
             "embed": (self.d_embed, self.vocab_size),
             "attention.query": (inner, self.d_model),
-            "attention.key": (inner, self.d_model),
-            "attention.value": (inner, self.d_model),
+            "attention.key": (grouped, self.d_model),
+            "attention.value": (grouped, self.d_model),
+            "attention.qkv": (inner + 2 * grouped, self.d_model),
             "attention.out": (self.d_model, inner),
             "mlp.gate": up,
             "mlp.up": up,
@@ -316,6 +320,7 @@ def _sizes(config: Any, table: Mapping[str, Any]) -> dict[str, int]:
         if not isinstance(value, int) or value < 1:
             raise ModelError(f"{table['file']}: {key} must be a count of at least 1; the configuration has {value!r}.")
     sizes["head_dim"] = getattr(config, "head_dim", None) or sizes["d_model"] // sizes["heads"]
+    sizes["kv_heads"] = getattr(config, fields.get("kv_heads", ""), None) or sizes["heads"]
     sizes["d_embed"] = getattr(config, fields.get("d_embed", ""), None) or sizes["d_model"]
     return sizes
 

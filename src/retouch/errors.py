@@ -6,8 +6,9 @@ RetouchError                     1
 │   ├── SettingsError                a method's field has a value that it does not allow
 │   ├── FactError                    a fact or a line of a data file cannot be used
 │   ├── ModelError                   the model cannot be opened or is not supported
-│   └── StoreError                   a saved folder is damaged, incomplete, hostile, or cannot be written
-│       └── WrongBase                a change was planned for another model
+│   ├── StoreError                   a saved folder is damaged, incomplete, hostile, or cannot be written
+│   │   └── WrongBase                a change was planned for another model
+│   └── StoreDown                    a knowledge store cannot be reached, or does not answer in time
 ├── BoundRefused                 3   the certificate exceeds the stated limit, or nothing keeps within it
 ├── SolveError                   1   a linear system is singular or ill-conditioned
 └── NoEffect                     1   a change was applied and the model did not become what was planned
@@ -26,6 +27,7 @@ __all__ = [
     "RetouchError",
     "SettingsError",
     "SolveError",
+    "StoreDown",
     "StoreError",
     "UnknownName",
     "UserError",
@@ -64,6 +66,10 @@ class ModelError(UserError):
 
 class StoreError(UserError):
     """A saved folder is damaged, incomplete or hostile, or cannot be written."""
+
+
+class StoreDown(UserError):
+    """A knowledge store cannot be reached, or does not answer in time."""
 
 
 class WrongBase(StoreError):

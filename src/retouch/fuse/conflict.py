@@ -1,0 +1,273 @@
+"""How much adapters contradict each other, weight by weight and pair by pair, beside what chance alone would give.
+
+A raw share of cancelled signs says nothing: independent adapters cancel by chance, about 1 - 1/sqrt(N) of N. So every
+number stands beside its null level, made by giving every entry of every adapter a random sign.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import report
+from .._plots import plot_heat
+from ..linalg import frobenius_norm
+from ..progress import track
+from .base import Adapter, Module, modules, shares
+
+__all__ = ["Conflict", "conflict_of", "differences", "level", "measure", "null_level", "report_of"]
+
+BLOCK = 1 << 22
+"""Numbers of one adapter's difference that are in memory at once."""
+
+
+@dataclass(frozen=True, eq=False)
+class Conflict:
+    """What was measured on one weight.
+
+    Attributes:
+        name: Our name of the weight.
+        owners: Numbers of the adapters that change it.
+        conflict: Share of what the adapters write that cancels, 0 to 1.
+        null: The same with random signs.
+        cosine: Of each pair's differences, (owners, owners).
+        output_overlap: Share of the smaller adapter's output space that lies in the other's.
+        input_overlap: Likewise of inputs.
+        chance: The overlap that random spaces of these ranks have, outputs and inputs, of each pair.
+        norms: Frobenius norm of each difference.
+    """
+
+    name: str
+    owners: tuple[int, ...]
+    conflict: float
+    null: float
+    cosine: Tensor
+    output_overlap: Tensor
+    input_overlap: Tensor
+    chance: tuple[Tensor, Tensor]
+    norms: tuple[float, ...]
+
+    @property
+    def excess(self) -> float:
+        """Conflict above chance; below 0 the adapters agree more than chance."""
+        return self.conflict - self.null
+
+    @property
+    def scaled(self) -> float:
+        """The excess as a share of the largest possible one."""
+        return self.excess / (1 - self.null) if self.null < 1 else 0.0
+
+
+# ---------------------------------------------------------------- one weight
+
+
+def differences(module: Module, block: int = BLOCK) -> Iterator[tuple[int, Tensor]]:
+    """Go through the rows of all weighted differences of a weight: the first row's number, and (adapters, rows, inputs)."""
+    outputs, inputs = module.shape
+    step = max(1, block // inputs)
+    for row in range(0, outputs, step):
+        rows = [
+            w * (p.left[row : row + step].double() @ p.right.double()) for p, w in zip(module.parts, module.weights)
+        ]
+        yield row, torch.stack(rows)
+
+
+def level(x: Tensor) -> tuple[float, float]:
+    """Return what is left of all writes, and their sum: conflict is 1 minus their ratio.
+
+    Shapes:
+        x: (adapters, rows, inputs).
+    """
+    return float(x.sum(0).abs().sum()), float(x.abs().sum())
+
+
+def null_level(module: Module, draws: int = 4, seed: int = 0, block: int = BLOCK) -> float:
+    """Return the conflict that random signs would give; magnitudes and structural zeros are kept."""
+    return _levels(module, draws, seed, block)[1]
+
+
+def _levels(module: Module, draws: int, seed: int, block: int) -> tuple[float, float]:
+    left = total = 0.0
+    by_chance = 0.0
+    stream = _stream(module.name, seed)
+    for _, x in differences(module, block):
+        kept, written = level(x)
+        left, total = left + kept, total + written
+        for _ in range(draws):
+            signs = torch.randint(0, 2, x.shape, generator=stream, dtype=torch.int8)
+            by_chance += level(x * (2 * signs - 1))[0] / draws
+    return (1 - left / total, 1 - by_chance / total) if total else (0.0, 0.0)
+
+
+def _stream(name: str, seed: int) -> torch.Generator:
+    """Return random numbers of a weight's own, so that the order of the weights changes nothing."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def conflict_of(module: Module, draws: int = 4, seed: int = 0, block: int = BLOCK) -> Conflict:
+    """Measure one weight.
+
+    Args:
+        module: The weight with the adapters' differences.
+        draws: How often signs are drawn for the null level.
+        seed: Of those signs.
+        block: Numbers of one difference in memory at once.
+    """
+    found, null = _levels(module, draws, seed, block)
+    left = [torch.linalg.qr(p.left.double())[0] for p in module.parts]
+    right = [torch.linalg.qr(p.right.double().T)[0] for p in module.parts]
+    outputs, inputs = module.shape
+    return Conflict(
+        module.name, module.owners, found, null, _cosine(module),
+        _overlap(left), _overlap(right), (_by_chance(module, outputs), _by_chance(module, inputs)),
+        tuple(frobenius_norm(p.left, p.right) for p in module.parts),
+    )  # fmt: skip
+
+
+def _cosine(module: Module) -> Tensor:
+    """Inner products of differences from their factors alone: <BA, B'A'> = trace(B'ᵀB · AA'ᵀ)."""
+    n = len(module.parts)
+    gram = torch.zeros(n, n, dtype=torch.float64)
+    for (i, p), (j, q) in itertools.combinations_with_replacement(enumerate(module.parts), 2):
+        gram[i, j] = gram[j, i] = (
+            (p.left.double().T @ q.left.double()) * (p.right.double() @ q.right.double().T)
+        ).sum()
+    size = gram.diagonal().clamp_min(0).sqrt()
+    return gram / (size[:, None] * size[None, :]).clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def _overlap(bases: Sequence[Tensor]) -> Tensor:
+    rows = [[float((a.T @ b).square().sum()) / min(a.shape[1], b.shape[1]) for b in bases] for a in bases]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def _by_chance(module: Module, width: int) -> Tensor:
+    ranks = torch.tensor([p.rank for p in module.parts], dtype=torch.float64)
+    return (torch.maximum(ranks[:, None], ranks[None, :]) / width).clamp_max(1)
+
+
+# ---------------------------------------------------------------- all of them
+
+
+def measure(
+    adapters: Sequence[Adapter], weights: Sequence[float] | None = None, *, draws: int = 4, seed: int = 0
+) -> tuple[Conflict, ...]:
+    """Measure every weight that at least two adapters change, one in memory at a time.
+
+    Raises:
+        UserError: The adapters do not belong together.
+    """
+    found = track(list(modules(adapters, shares(adapters, weights))), "Measuring conflict")
+    return tuple(conflict_of(m, draws, seed) for m in found if len(m.parts) > 1)
+
+
+def report_of(found: Sequence[Conflict], names: Sequence[str], model: str, *, top: int = 10) -> report.Report:
+    """Say where adapters contradict each other: a heat map, pairs, the worst weights, and a sentence.
+
+    Args:
+        found: What `measure` returned.
+        names: The adapters' names.
+        model: The base's name.
+        top: Weights in the table.
+    """
+    worst = sorted(found, key=lambda c: -c.scaled)
+    rows = tuple((c.name, c.conflict, c.null, c.excess, *_shares(c, names)) for c in worst[:top])
+    tables = (
+        report.Table(
+            "Where they contradict each other most",
+            ("weight", "conflict", "by chance", "excess", *(f"{n}: share of norm" for n in names)), rows,
+            "Conflict is the share of what the adapters write that cancels. Independent adapters cancel by chance; only "
+            "the excess says something.",
+        ),
+        _pairs(found, names),
+    )  # fmt: skip
+    pictures = (_heat(found),) if found else ()
+    return report.Report(
+        "Conflict among adapters", _sentence(found, names), model, tables, pictures, numbers=_numbers(found, names)
+    )
+
+
+def _shares(c: Conflict, names: Sequence[str]) -> list[float | None]:
+    total = sum(c.norms) or 1.0
+    by_owner = {owner: norm / total for owner, norm in zip(c.owners, c.norms)}
+    return [by_owner.get(i) for i in range(len(names))]
+
+
+def _mean(found: Sequence[Conflict], i: int, j: int, what: str) -> tuple[float, float]:
+    """Return the mean of a pair's number over weights, and its mean level by chance."""
+    seen, by_chance = [], []
+    for c in found:
+        if i in c.owners and j in c.owners:
+            a, b = c.owners.index(i), c.owners.index(j)
+            seen.append(float(getattr(c, what)[a, b]))
+            by_chance.append(float(c.chance[what == "input_overlap"][a, b]) if what != "cosine" else 0.0)
+    return (sum(seen) / len(seen), sum(by_chance) / len(seen)) if seen else (0.0, 0.0)
+
+
+def _pairs(found: Sequence[Conflict], names: Sequence[str]) -> report.Table:
+    rows = []
+    for i, j in itertools.combinations(range(len(names)), 2):
+        cosine = _mean(found, i, j, "cosine")[0]
+        outputs, inputs = _mean(found, i, j, "output_overlap"), _mean(found, i, j, "input_overlap")
+        rows.append((f"{names[i]} and {names[j]}", cosine, *outputs, *inputs))
+    return report.Table(
+        "Pairs of adapters, mean over weights",
+        ("pair", "cosine", "output overlap", "by chance", "input overlap", "by chance "), tuple(rows),
+        "Overlap is the share of the smaller adapter's space that lies in the other's.",
+    )  # fmt: skip
+
+
+def _place(name: str) -> tuple[int, str]:
+    _, block, part = name.split(".", 2)
+    return int(block), part
+
+
+def _heat(found: Sequence[Conflict]) -> Any:
+    by_place = {_place(c.name): c.scaled for c in found}
+    blocks = range(max(b for b, _ in by_place) + 1)
+    parts = list(dict.fromkeys(part for _, part in by_place))
+    values = [[by_place.get((b, part), 0.0) for b in blocks] for part in parts]
+    return plot_heat(parts, values, "block", "Conflict above chance", "White: as much as chance.")
+
+
+def _sentence(found: Sequence[Conflict], names: Sequence[str]) -> str:
+    if not found:
+        return "No weight is changed by two adapters, so nothing can contradict."
+    above = [c for c in found if c.scaled > 0.02]
+    mean = sum(c.excess for c in found) / len(found)
+    level_ = sum(c.conflict for c in found) / len(found)
+    told = f"{len(names)} adapters cancel {level_:.0%} of what they write; chance alone would give {level_ - mean:.0%}."
+    if not above:
+        return f"{told} No weight lies clearly above chance: resolving conflict has nothing to resolve."
+    pairs = list(itertools.combinations(range(len(names)), 2))
+    i, j = min(pairs, key=lambda p: _mean(above, p[0], p[1], "cosine")[0])
+    blocks = sorted({_place(c.name)[0] for c in above})
+    return (
+        f"{told} {len(above)} of {len(found)} weights lie above it, in blocks {blocks[0]} to {blocks[-1]}; there "
+        f"{names[i]} and {names[j]} disagree most."
+    )
+
+
+def _numbers(found: Sequence[Conflict], names: Sequence[str]) -> dict[str, Any]:
+    weights = {
+        c.name: {
+            "conflict": c.conflict, "null": c.null, "excess": c.excess, "scaled": c.scaled,
+            "adapters": [names[i] for i in c.owners], "norms": list(c.norms), "cosine": c.cosine.tolist(),
+            "output_overlap": c.output_overlap.tolist(), "input_overlap": c.input_overlap.tolist(),
+        }
+        for c in found
+    }  # fmt: skip
+    n = len(found) or 1
+    return {
+        "conflict": sum(c.conflict for c in found) / n,
+        "null": sum(c.null for c in found) / n,
+        "excess": sum(c.excess for c in found) / n,
+        "weights": weights,
+    }

@@ -1,0 +1,232 @@
+"""The store on one machine: SQLite with a write-ahead log, one writer and many readers."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from ..errors import StoreDown, UserError
+from .record import order
+from .stores import Namespace, Past
+
+__all__ = ["SQLite"]
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS records (
+    namespace TEXT, user TEXT, length INTEGER, at INTEGER, record BLOB, PRIMARY KEY (namespace, user)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS pointer (one INTEGER PRIMARY KEY CHECK (one = 1), active TEXT, previous TEXT);
+INSERT OR IGNORE INTO pointer VALUES (1, NULL, NULL);
+CREATE TABLE IF NOT EXISTS histories (
+    user TEXT PRIMARY KEY, items TEXT, length INTEGER, changed INTEGER
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS changes ON histories (changed);
+CREATE TABLE IF NOT EXISTS memo (key BLOB PRIMARY KEY, value BLOB) WITHOUT ROWID;
+"""
+_PUT = """
+INSERT INTO records VALUES (?, ?, ?, ?, ?) ON CONFLICT (namespace, user) DO UPDATE
+SET length = excluded.length, at = excluded.at, record = excluded.record
+WHERE (excluded.length, excluded.at) > (records.length, records.at)
+"""
+K = TypeVar("K", str, bytes)
+_MANY = 500
+"""Values in one statement; SQLite allows 999 in its oldest builds."""
+KEPT = 1000
+"""Latest items of a history that are kept."""
+
+
+class SQLite:
+    """Keep knowledge in a file.
+
+    Args:
+        path: The file; it and its folder are made.
+        timeout_s: How long a call waits for a writer.
+
+    Raises:
+        StoreDown: The file cannot be opened or is no such database.
+    """
+
+    def __init__(self, path: Path, timeout_s: float = 5.0) -> None:
+        self._path, self._timeout_s = Path(path), timeout_s
+        self._own = threading.local()
+        self._open: list[sqlite3.Connection] = []
+        self._lock = threading.Lock()
+        with self._named():
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            connection = self._connection()
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.executescript(_SCHEMA)
+
+    def get_many(self, users: Sequence[str], namespace: str | None = None) -> list[bytes | None]:
+        """Return each user's record in one namespace, by default the active one."""
+        with self._reading() as c:
+            name = self._active(c) if namespace is None else namespace
+            if name is None:
+                return [None] * len(users)
+            found: dict[str, bytes] = {}
+            for part in _parts(users):
+                marks = ",".join("?" * len(part))
+                query = f"SELECT user, record FROM records WHERE namespace = ? AND user IN ({marks})"
+                found.update(c.execute(query, (name, *part)).fetchall())
+        return [found.get(user) for user in users]
+
+    def put_many(self, records: Mapping[str, bytes], namespace: str) -> int:
+        """Write records, each only over one that it supersedes; all in one transaction."""
+        rows = [(namespace, user, *order(raw), raw) for user, raw in records.items()]
+        with self._writing() as c:
+            before = c.total_changes
+            c.executemany(_PUT, rows)
+            return c.total_changes - before
+
+    def active(self) -> str | None:
+        """Return the namespace that servers read."""
+        with self._named():
+            return self._active(self._connection())
+
+    def namespaces(self) -> list[Namespace]:
+        """List all namespaces."""
+        with self._reading() as c:
+            name = self._active(c)
+            rows = c.execute("SELECT namespace, COUNT(*) FROM records GROUP BY namespace ORDER BY namespace").fetchall()
+        return [Namespace(n, count, n == name) for n, count in rows]
+
+    def activate(self, namespace: str) -> None:
+        """Let servers read another namespace; the one before is remembered."""
+        with self._writing() as c:
+            if self._active(c) != namespace:
+                c.execute("UPDATE pointer SET previous = active, active = ?", (namespace,))
+
+    def rollback(self) -> str:
+        """Activate the namespace that was active before."""
+        with self._writing() as c:
+            previous = c.execute("SELECT previous FROM pointer").fetchone()[0]
+            if previous is None:
+                raise UserError("No namespace was active before this one; there is nothing to go back to.")
+            c.execute("UPDATE pointer SET previous = active, active = ?", (previous,))
+        return str(previous)
+
+    def purge(self, namespace: str) -> int:
+        """Remove a namespace that is not active."""
+        with self._writing() as c:
+            if self._active(c) == namespace:
+                raise UserError(f"The namespace {namespace} is active. Activate another before purging it.")
+            c.execute("UPDATE pointer SET previous = NULL WHERE previous = ?", (namespace,))
+            return c.execute("DELETE FROM records WHERE namespace = ?", (namespace,)).rowcount
+
+    def append(self, events: Iterable[tuple[str, str]]) -> int:
+        """Add items to histories, in order."""
+        with self._writing() as c:
+            count = 0
+            for user, item in events:
+                row = c.execute("SELECT items, length FROM histories WHERE user = ?", (user,)).fetchone()
+                items, length = (json.loads(row[0]), row[1]) if row else ([], 0)
+                self._set(c, user, Past((*items, item), length + 1))
+                count += 1
+        return count
+
+    def put_histories(self, histories: Mapping[str, Past]) -> None:
+        """Set histories, unless a longer one is known."""
+        with self._writing() as c:
+            for user, past in histories.items():
+                row = c.execute("SELECT length FROM histories WHERE user = ?", (user,)).fetchone()
+                if row is None or row[0] < past.length:
+                    self._set(c, user, past)
+
+    def histories(self, users: Sequence[str]) -> list[Past | None]:
+        """Return users' histories."""
+        found: dict[str, Past] = {}
+        with self._reading() as c:
+            for part in _parts(users):
+                query = f"SELECT user, items, length FROM histories WHERE user IN ({','.join('?' * len(part))})"
+                found.update((u, Past(tuple(json.loads(i)), n)) for u, i, n in c.execute(query, part))
+        return [found.get(user) for user in users]
+
+    def changed(self, after: int, limit: int = 1000) -> list[tuple[int, str]]:
+        """Return users whose history has changed since, in order of change."""
+        with self._named():
+            query = "SELECT changed, user FROM histories WHERE changed > ? ORDER BY changed LIMIT ?"
+            return self._connection().execute(query, (after, limit)).fetchall()
+
+    def memo(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """Return what was remembered under keys."""
+        found: dict[bytes, bytes] = {}
+        with self._reading() as c:
+            for part in _parts(keys):
+                query = f"SELECT key, value FROM memo WHERE key IN ({','.join('?' * len(part))})"
+                found.update(c.execute(query, part).fetchall())
+        return [found.get(key) for key in keys]
+
+    def remember(self, entries: Mapping[bytes, bytes]) -> None:
+        """Remember bytes under keys."""
+        with self._writing() as c:
+            c.executemany("INSERT OR REPLACE INTO memo VALUES (?, ?)", list(entries.items()))
+
+    def close(self) -> None:
+        """Close all connections."""
+        with self._lock:
+            for connection in self._open:
+                connection.close()
+            self._open.clear()
+        self._own = threading.local()
+
+    def _set(self, c: sqlite3.Connection, user: str, past: Past) -> None:
+        top = c.execute("SELECT COALESCE(MAX(changed), 0) FROM histories").fetchone()[0]
+        row = (user, json.dumps(past.items[-KEPT:]), past.length, top + 1)
+        c.execute("INSERT OR REPLACE INTO histories VALUES (?, ?, ?, ?)", row)
+
+    def _active(self, c: sqlite3.Connection) -> str | None:
+        name = c.execute("SELECT active FROM pointer").fetchone()[0]
+        return None if name is None else str(name)
+
+    def _connection(self) -> sqlite3.Connection:
+        """Return this thread's connection: SQLite's may not be shared."""
+        found: sqlite3.Connection | None = getattr(self._own, "connection", None)
+        if found is None:
+            found = sqlite3.connect(
+                self._path, timeout=self._timeout_s, isolation_level=None, check_same_thread=False
+            )  # closed by another thread
+            found.execute("PRAGMA synchronous = NORMAL")
+            self._own.connection = found
+            with self._lock:
+                self._open.append(found)
+        return found
+
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        """Read one state, even if a writer commits in between."""
+        with self._named(), _transaction(self._connection(), "BEGIN") as connection:
+            yield connection
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        with self._named(), _transaction(self._connection(), "BEGIN IMMEDIATE") as connection:
+            yield connection
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            raise StoreDown(f"The store {self._path} does not answer: {error}. See whether the file is a knowledge "
+                            "store that can be written, and whether another process holds it.") from error  # fmt: skip
+
+
+@contextmanager
+def _transaction(connection: sqlite3.Connection, begin: str) -> Iterator[sqlite3.Connection]:
+    connection.execute(begin)
+    try:
+        yield connection
+    except BaseException:
+        connection.execute("ROLLBACK")
+        raise
+    connection.execute("COMMIT")
+
+
+def _parts(keys: Sequence[K]) -> Iterator[Sequence[K]]:
+    for start in range(0, len(keys), _MANY):
+        yield keys[start : start + _MANY]

@@ -386,6 +386,29 @@ def test_smoothing_is_a_running_mean():
     assert price.smoothed == 0.5
 
 
+def test_damping_adds_the_change_of_the_smoothed_harm_and_nothing_at_first():
+    price = Multiplier(limit=0.2, step_size=0.5, value=1.0, smoothing=0.9, damping=3.0)
+    mean, value = None, 1.0
+    for harm in (0.4, 0.1, 0.9, 0.9, 0.0):
+        before, mean = mean, harm if mean is None else 0.9 * mean + 0.1 * harm
+        value += 0.5 * (mean - 0.2) + (0.0 if before is None else 3.0 * (mean - before))
+        assert price.update(harm) == pytest.approx(value, rel=1e-12)
+
+
+def test_damping_calms_the_swing_around_the_limit():
+    """Min -4x subject to x^2/2 <= 1/2, by small steps: the price swings around 4, and much less when damped."""
+    swings = {}
+    for damping in (0.0, 5.0):
+        x, price, seen = 0.0, Multiplier(limit=0.5, step_size=0.5, damping=damping), []
+        for _ in range(800):
+            x -= 0.02 * (-4 + price.value * x)
+            price.update(x * x / 2)
+            seen.append(price.value)
+        assert price.value == pytest.approx(4.0, abs=0.3)
+        swings[damping] = max(seen) - 4.0
+    assert swings[5.0] < swings[0.0] / 2
+
+
 def test_a_harm_that_is_not_finite_leaves_the_price():
     price = Multiplier(limit=0.1, value=1.0)
     with pytest.raises(UserError, match="must be a finite number"):
@@ -395,7 +418,15 @@ def test_a_harm_that_is_not_finite_leaves_the_price():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"limit": math.nan}, {"step_size": 0.0}, {"smoothing": 1.0}, {"value": -1.0}, {"value": 2.0, "maximum": 1.0}],
+    [
+        {"limit": math.nan},
+        {"step_size": 0.0},
+        {"smoothing": 1.0},
+        {"value": -1.0},
+        {"value": 2.0, "maximum": 1.0},
+        {"damping": -1.0},
+        {"damping": math.nan},
+    ],
 )
 def test_wrong_multipliers_are_refused(wrong):
     with pytest.raises(UserError, match="A multiplier needs"):

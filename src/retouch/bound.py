@@ -305,6 +305,8 @@ class Multiplier:
         value: The price at the start.
         maximum: The price never exceeds it.
         smoothing: Share of the running mean that is kept at each update, from 0 (none) to below 1, for noisy harms.
+        damping: How far a rise of the (smoothed) harm since the update before raises the price on top. A price that
+            only adds up excess comes late and swings around the limit; this part answers at once and is gone again.
 
     Raises:
         UserError: An argument is outside of its range.
@@ -321,6 +323,7 @@ class Multiplier:
     maximum: float = math.inf
     smoothing: float = 0.0
     smoothed: float | None = field(default=None, repr=False)
+    damping: float = 0.0
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.limit) and self.step_size > 0 and math.isfinite(self.step_size)):
@@ -331,6 +334,8 @@ class Multiplier:
                 f"A multiplier needs 0 <= smoothing < 1 and 0 <= value <= maximum; got smoothing {self.smoothing!r}, "
                 f"value {self.value!r}, maximum {self.maximum!r}."
             )
+        if not 0 <= self.damping < math.inf:
+            raise UserError(f"A multiplier needs a finite damping of at least 0; got {self.damping!r}.")
 
     def update(self, harm: float) -> float:
         """Move the price by the excess of `harm` over the limit, never below 0, and return it.
@@ -346,8 +351,10 @@ class Multiplier:
             raise UserError(f"The harm must be a finite number; got {harm!r}. The optimisation has diverged: lower its "
                             "learning rate.")  # fmt: skip
         kept = self.smoothing if self.smoothed is not None else 0.0
-        self.smoothed = kept * (self.smoothed or 0.0) + (1 - kept) * harm
-        self.value = min(self.maximum, max(0.0, self.value + self.step_size * (self.smoothed - self.limit)))
+        before, self.smoothed = self.smoothed, kept * (self.smoothed or 0.0) + (1 - kept) * harm
+        rise = 0.0 if before is None else self.smoothed - before
+        moved = self.value + self.step_size * (self.smoothed - self.limit) + self.damping * rise
+        self.value = min(self.maximum, max(0.0, moved))
         return self.value
 
     def penalty(self, harm: T) -> T:

@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from . import _show, bench, edit, locate, look, model, slim
+from . import _show, bench, edit, fuse, locate, look, model, slim
 
 __all__ = ["app", "main"]
 
@@ -26,6 +26,7 @@ app = typer.Typer(
 for module in (edit, model, look, locate, slim):
     module.add_to(app)
 app.add_typer(bench.app, name="bench")
+app.add_typer(fuse.app, name="fuse")
 
 
 def main() -> None:

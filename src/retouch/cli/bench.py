@@ -188,3 +188,80 @@ def _shown_slim(result: dict[str, Any], out: Path) -> None:
     if result["latency"] and result["latency"]["noisy"]:
         _show.say("The machine was busy while times were taken: do not trust them, measure again.", "yellow")
     _show.say(f"Saved as {out}.")
+
+
+@app.command()
+def fuse(
+    data: Annotated[
+        str,
+        typer.Option(help="A folder with a sub-folder for each domain, MMLU's layout, or text-cd (from RETOUCH_DATA)."),
+    ] = "text-cd",
+    model: Annotated[str, typer.Option(help="The base: a folder, a hub id, a .gguf file, or smollm2.")] = "smollm2",
+    methods: Annotated[
+        str, typer.Option(help="Names, with settings if you like: cat,ties:density=0.5,tsv. Default: most.")
+    ] = "",
+    resolvers: Annotated[
+        str, typer.Option(help="What stands before each method too: cr-sign,cr-subspace:beta=0.5; or none.")
+    ] = "cr-sign,cr-sign:space=core,cr-subspace",
+    k: Annotated[int, typer.Option("-k", help="Questions of a composed prompt: 2, 3 or 4.")] = 3,
+    form: Annotated[
+        str, typer.Option(help="aware: edges see composed prompts of their own domain; blind: single ones.")
+    ] = "aware",
+    per_edge: Annotated[int, typer.Option(help="Examples that each edge trains on; 0: all.")] = 400,
+    ratios: Annotated[str, typer.Option(help="Share that the edges' models are pruned by, in turn: 0.25,0.4,0.")] = "0",
+    score: Annotated[str, typer.Option(help="random, magnitude, wanda, taylor or flap.")] = "wanda",
+    rank: Annotated[int, typer.Option(help="Of the adapters.")] = 8,
+    epochs: Annotated[float, typer.Option(help="Passes of an edge over its examples.")] = 1.0,
+    learning_rate: Annotated[float, typer.Option(help="Of the edges.")] = 1e-3,
+    joint: Annotated[bool, typer.Option(help="Also train one adapter on all domains: what fusion could reach.")] = True,
+    n_selection: Annotated[int, typer.Option(help="Bundles (9 prompts each) that choose the scales.")] = 6,
+    n_test: Annotated[int, typer.Option(help="Bundles that measure.")] = 30,
+    lams: Annotated[str, typer.Option(help="Scales that are tried.")] = "0.3,0.5,0.7,1,1.5,2,3,4.5",
+    first: Annotated[int, typer.Option(help="Prompts of the first round of tuning.")] = 50,
+    limit: Annotated[float, typer.Option(help="Drop of the certificate that is printed.")] = 0.2,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask through the model's chat template.")] = False,
+    work: Annotated[Path | None, typer.Option(help="Folder of what is finished; default: in the cache.")] = None,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    json_: Annotated[Path, typer.Option("--json", help="The result.")] = Path("bench-fuse.json"),
+) -> None:
+    """Measure fusion methods on composed questions; an interrupted run goes on when the same command is given again.
+
+    Example: retouch bench fuse --data text-cd --methods cat,ties,tsv --ratios 0.25,0.4,0 --json text-cd.json
+    """
+    from .. import registry
+    from ..errors import UserError
+    from ..fuse import bench
+    from ..fuse.train import LoraSettings
+    from ..store import refuse_inside
+    from .fuse import parse_numbers, parse_resolvers, parse_suite
+
+    chosen = registry.parse("fuse", methods or bench.METHODS, seed=seed)
+    before = parse_resolvers(resolvers)
+    if form not in ("aware", "blind"):
+        raise UserError(f"--form must be aware or blind; got {form!r}.")
+    if min(n_selection, n_test, first) < 1 or per_edge < 0:
+        raise UserError("--n-selection, --n-test and --first must be at least 1, --per-edge at least 0.")
+    refuse_inside(json_)
+    suite = parse_suite(data, seed)
+    wanted = bench.Bench(
+        chosen, before, k, form, per_edge, tuple(parse_numbers("ratios", ratios)), score,
+        LoraSettings(rank=rank, alpha=2.0 * rank, epochs=epochs, learning_rate=learning_rate), joint, n_selection, n_test,
+        tuple(parse_numbers("lams", lams)), first, limit, chat, seed,
+    )  # fmt: skip
+    from ..model import open_model
+
+    with _show.progress():
+        result = bench.run(open_model(model), suite, wanted, json_, work)
+    columns = (
+        "all_correct",
+        "part_correct",
+        "single_correct",
+        "worst_domain",
+        "composition_cost",
+        "ppl",
+        "lam",
+        "seconds",
+    )
+    rows = [[name, *(m.get(c) for c in columns)] for name, m in result["methods"].items()]
+    _show.table(f"{result['n']:,} composed prompts of {result['data']}", ["system", *columns], rows)
+    _show.say(f"Saved as {json_}.")

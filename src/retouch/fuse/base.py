@@ -125,7 +125,7 @@ class Module:
         moments: The second moment of what flows into the weight at each of them, for methods that need it.
         core: The differences as coordinates, where a resolver has changed them; `parts` then holds the same.
         entries: What a resolver does to the entries of the differences, for methods that look at single entries.
-        limit: The rank that the fused difference has unless more is asked for; None is the sum of all ranks.
+        ranks: The adapters' ranks, where a resolver has written `parts` with others.
     """
 
     name: str
@@ -138,7 +138,7 @@ class Module:
     moments: tuple[Any, ...] = ()
     core: Core | None = None
     entries: Entries | None = None
-    limit: int | None = None
+    ranks: tuple[int, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -148,7 +148,7 @@ class Module:
     @property
     def rank(self) -> int:
         """The sum of all ranks."""
-        return sum(part.rank for part in self.parts)
+        return sum(self.ranks or (part.rank for part in self.parts))
 
 
 def shares(

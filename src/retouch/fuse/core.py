@@ -14,10 +14,24 @@ from torch import Tensor
 from .. import linalg
 from ..change import LowRank
 
-__all__ = ["Core", "Fused", "canonical", "coordinates", "factors", "stacked", "triples", "weighted", "within"]
+__all__ = [
+    "FACTOR_TOLERANCE",
+    "Core",
+    "Fused",
+    "canonical",
+    "coordinates",
+    "factors",
+    "stacked",
+    "triples",
+    "weighted",
+    "within",
+]
 
 RANK_TOLERANCE = 1e-10
 """Singular values below this share of the largest are rounding."""
+
+FACTOR_TOLERANCE = 1e-6
+"""The same where every direction counts alike however weak it is: below this a direction may be float32's rounding."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,9 +120,9 @@ def factors(core: Core, middle: Tensor, rank: int | None = None) -> LowRank:
 
 
 def stacked(parts: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
-    """Put factors side by side: exactly the weighted sum of the differences, of the sum of their ranks."""
-    left = torch.cat([(p.left.double() * w).float() for p, w in zip(parts, weights)], 1)
-    return LowRank(left, torch.cat([p.right.float() for p in parts]))
+    """Put factors side by side, in float64: the weighted sum of the differences, of the sum of their ranks."""
+    left = torch.cat([p.left.double() * w for p, w in zip(parts, weights)], 1)
+    return LowRank(left, torch.cat([p.right.double() for p in parts]))
 
 
 def triples(part: LowRank, tolerance: float = RANK_TOLERANCE) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,4 +150,6 @@ def within(left: Tensor, values: Tensor, right: Tensor) -> Fused:
     root = values[:k].sqrt()
     whole = float(values.square().sum())
     kept = float(values[:k].square().sum()) / whole if whole else 1.0
-    return Fused((left * root).float(), (root[:, None] * right).float(), {"kept_energy": kept} if kept < 1 else {})
+    return Fused(
+        (left * root).float(), (root[:, None] * right).float(), {"kept_energy": kept} if kept < 1 - 1e-12 else {}
+    )

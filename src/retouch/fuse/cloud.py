@@ -1,0 +1,440 @@
+"""The cloud's side of a run: a plan for each edge, its task, the check of what comes back, recovery and fusion.
+
+Plain functions and folders: `simulate` calls them in a loop, the Flower app moves the same things in messages. What is
+finished lies in the run's folder and its journal, so that the same run started again asks only for what is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from .. import registry, store
+from ..errors import RetouchError, StoreError, UserError
+from ..model import Model
+from ..settings import Settings, setting, with_settings
+from ._factors import shapes_of
+from ._inputs import Inputs, Text
+from ._scores import NEEDS_INPUTS
+from ._units import dense_blocks, units_of
+from .adapter_file import check_tensors, open_adapter, ranks_of, weight_norms, write_adapter
+from .align import aligned
+from .base import Adapter, Example, FuseMethod, Resolver
+from .cat import Cat
+from .edge import FACTS, Capabilities, Task, Upload, check_name, package_name, settings_of
+from .journal import Entry, Journal
+from .memory import Load
+from .merging import merge_to_folder
+from .prune import PrunePlan, measured_inputs, plan_prune, save_plan
+from .pruned import open_pruned, save_pruned
+from .recover import recover, restricted
+from .train import LoraSettings, initial_a
+
+__all__ = ["Assignment", "Cloud", "Outcome", "Run", "RunSettings", "open_run", "save_run"]
+
+_GUARANTEE = {"privacy": str, "epsilon": float, "delta": float, "max_norm": float, "noise": float, "unit": str}
+_log = logging.getLogger("retouch")
+
+
+# ---------------------------------------------------------------- what a run is
+
+
+@dataclass(frozen=True)
+class RunSettings(Settings):
+    """How a run prunes, waits and fuses."""
+
+    score: Literal["random", "magnitude", "wanda", "taylor", "flap"] = setting("wanda", "How units are compared.")
+    align: Literal["none", "bias", "lstsq", "distil"] = setting("bias", "What makes up for the pruned weights.")
+    dtype: Literal["float32", "bfloat16"] = setting("float32", "Type of the pruned weights that edges are given.")
+    text_tokens: int = setting(16_384, "Tokens of public text that scores and alignment look at.", ge=1)
+    max_tokens: int = setting(256, "Tokens of a training row, for the prediction of an edge's memory.", ge=2)
+    seed: int = setting(0, "Seed of the pruning.", ge=0)
+    n_edges: int = setting(2, "Edges that are waited for.", ge=1)
+    min_edges: int = setting(2, "Adapters without which nothing is fused.", ge=1)
+    quorum: float = setting(0.5, "Share of the edges without whose adapters nothing is fused.", gt=0, le=1)
+    join_timeout_s: float = setting(120.0, "Seconds to wait for edges.", gt=0)
+    deadline_s: float = setting(3600.0, "Seconds after which edges stop training and send what is there.", gt=0)
+    grace_s: float = setting(300.0, "Seconds beyond the deadline in which answers are taken.", gt=0)
+    weights: Literal["equal", "examples"] = setting("equal", "Share of each adapter in the fusion.")
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """Everything that decides a run, besides the model and the edges.
+
+    Attributes:
+        name: Of the run; the journal keeps runs apart by it.
+        settings: How it prunes, waits and fuses.
+        lora: How edges train.
+        method: How adapters are fused.
+        resolver: What stands before the method.
+        replay: Public examples that edges mix in.
+        shared_cache: The edges see this machine's cache, so that pruned models are put there and never sent.
+    """
+
+    name: str = "run"
+    settings: RunSettings = field(default_factory=RunSettings)
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    method: FuseMethod = field(default_factory=Cat)
+    resolver: Resolver | None = None
+    replay: tuple[Example, ...] = ()
+    shared_cache: bool = False
+
+
+def save_run(run: Run, model: str, folder: Path) -> None:
+    """Write a run, and which model it is about, to its folder.
+
+    Raises:
+        StoreError: It cannot be written.
+    """
+    record = {
+        "kind": "run", "format": 1, "model": model, "name": run.name, "settings": run.settings.to_dict(),
+        "lora": run.lora.to_dict(), "method": _named(run.method), "resolver": run.resolver and _named(run.resolver),
+        "replay": [asdict(e) for e in run.replay], "shared_cache": run.shared_cache,
+    }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    store.write_json_atomic(folder / "run.json", record)
+
+
+def _named(item: FuseMethod | Resolver) -> dict[str, Any]:
+    return {"name": item.name, "settings": item.to_dict()}
+
+
+def open_run(folder: Path) -> tuple[Run, str]:
+    """Read a run and the name of its model.
+
+    Raises:
+        StoreError: The folder holds none, or a damaged one.
+    """
+    record = store.read_json(folder / "run.json")
+    if not isinstance(record, dict) or record.get("kind") != "run" or record.get("format") != 1:
+        raise StoreError(f"{folder / 'run.json'} is no run of format 1. Start the run again.")
+    try:
+        method, resolver = record["method"], record["resolver"]
+        run = Run(
+            record["name"], with_settings(RunSettings, record["settings"]), settings_of(record["lora"]),
+            registry.make("fuse", method["name"], **method["settings"]),
+            resolver and _resolver(resolver["name"], resolver["settings"]),
+            tuple(Example(**e) for e in record["replay"]), record["shared_cache"],
+        )  # fmt: skip
+        return run, record["model"]
+    except (KeyError, TypeError) as error:
+        raise StoreError(f"{folder / 'run.json'} lacks a part of a run: {error!r}. Start the run again.") from error
+
+
+def _resolver(name: str, settings: Mapping[str, Any]) -> Resolver:
+    from .cr_sign import CRSign
+    from .cr_subspace import CRSubspace
+
+    known: dict[str, type[Resolver]] = {"cr_sign": CRSign, "cr_subspace": CRSubspace}
+    return with_settings(known[name], settings)
+
+
+@dataclass(frozen=True, eq=False)
+class Assignment:
+    """What one edge is asked for.
+
+    Attributes:
+        name: Of the edge.
+        plan: Its plan, which stays here.
+        task: What it is sent.
+        package: Folder of its pruned model.
+        finished: Its adapter is here already.
+    """
+
+    name: str
+    plan: PrunePlan
+    task: Task
+    package: Path
+    finished: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What came of a run.
+
+    Attributes:
+        fused: Folder of the fused adapter, which plain PEFT loads.
+        edges: Names whose adapters are in it.
+        absent: Names that are not.
+        partial: Names that were stopped by the deadline.
+        resumed: Names that were done before.
+        why: What went wrong with an edge, by name.
+        facts: What each edge told of its adapter, and how many bytes it sent.
+    """
+
+    fused: Path
+    edges: tuple[str, ...]
+    absent: tuple[str, ...] = ()
+    partial: tuple[str, ...] = ()
+    resumed: tuple[str, ...] = ()
+    why: Mapping[str, str] = field(default_factory=dict)
+    facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {
+            "fused": str(self.fused), "edges": list(self.edges), "absent": list(self.absent),
+            "partial": list(self.partial), "resumed": list(self.resumed), "why": dict(self.why),
+            "facts": {name: dict(facts) for name, facts in self.facts.items()},
+        }  # fmt: skip
+
+
+# ---------------------------------------------------------------- the cloud
+
+
+class Cloud:
+    """One run of one model, in one folder."""
+
+    def __init__(self, model: Model, run: Run, folder: str | Path) -> None:
+        store.refuse_inside(folder)
+        self.model, self.run, self.folder = model, run, Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.journal = Journal(self.folder / "journal.jsonl")
+        self.assignments: dict[str, Assignment] = {}
+        self.resumed: list[str] = []
+        self.why: dict[str, str] = {}
+        self._plans: dict[str, PrunePlan] = {}
+        self._moments: dict[str, Inputs] | None = None
+
+    # ------------------------------------------------------------ plans and tasks
+
+    def assign(self, edges: Sequence[Capabilities]) -> list[Assignment]:
+        """Give each edge a plan and a task; edges of an earlier start of this run keep their place.
+
+        Returns:
+            One for each edge of the run, those included that are not there now.
+
+        Raises:
+            UserError: Two edges have one name, or an edge's budget cannot be met.
+        """
+        names = [check_name(e.name) for e in edges]
+        if twice := next((n for n in names if names.count(n) > 1), None):
+            raise UserError(f"Two edges are called {twice!r}; their adapters could not be told apart. Rename one.")
+        roster = self._enrolled(edges)
+        self.assignments = {}
+        for name, (number, edge) in sorted(roster.items()):
+            self.assignments[name] = self._assigned(edge, number, len(roster))
+        self.resumed = [name for name, a in self.assignments.items() if a.finished]
+        return list(self.assignments.values())
+
+    def _enrolled(self, edges: Sequence[Capabilities]) -> dict[str, tuple[int, Capabilities]]:
+        """Number the edges of the run; a number stays with its edge, since seeds follow from it."""
+        path = self.folder / "edges.json"
+        known: dict[str, dict[str, Any]] = store.read_json(path) if path.is_file() else {}
+        for edge in sorted(edges, key=lambda e: e.name):
+            number = known[edge.name]["number"] if edge.name in known else len(known)
+            ask = {"budget_mib": edge.budget_mib, "ratio": edge.ratio, "rank": edge.rank}
+            known[edge.name] = {"number": number, **ask}
+        store.write_json_atomic(path, known)
+        return {
+            name: (e["number"], Capabilities(name, e["budget_mib"], e["ratio"], e["rank"])) for name, e in known.items()
+        }
+
+    def _assigned(self, edge: Capabilities, number: int, n_edges: int) -> Assignment:
+        lora, run = self.run.lora, self.run
+        lora = replace(lora, rank=edge.rank or lora.rank, seed=lora.seed * 1000 + number)
+        plan = self._plan(edge, lora)
+        package = self._package(plan)
+        task = Task(
+            run.name, plan.hash, self.model.base_fingerprint, package_name(package), lora,
+            initial_a(self.model, plan, lora, edge=number, n_edges=n_edges), run.replay, run.settings.deadline_s,
+        )  # fmt: skip
+        done = self.journal.finished(run.name, edge.name, plan.hash, task.hash)
+        return Assignment(edge.name, plan, task, package, done is not None)
+
+    def _plan(self, edge: Capabilities, lora: LoraSettings) -> PrunePlan:
+        """Plan for an edge; edges that ask for the same share a plan."""
+        how = self.run.settings
+        load = Load(
+            lora.batch, how.max_tokens, rank=lora.rank, bytes_per_weight=4 if lora.dtype == "float32" else 2,
+            checkpointing=lora.checkpointing, dropout=lora.dropout,
+        )  # fmt: skip
+        ratio = 0.0 if edge.budget_mib is None and edge.ratio is None else edge.ratio
+        key = store.key(budget=edge.budget_mib, ratio=ratio, rank=lora.rank)
+        if key not in self._plans:
+            try:
+                self._plans[key] = plan_prune(
+                    self.model, budget_mib=edge.budget_mib, ratio=ratio, score=how.score, align=how.align,
+                    moments=self._inputs() if ratio != 0 else None, text=self._text(), load=load, seed=how.seed,
+                )  # fmt: skip
+            except UserError as error:
+                raise type(error)(f"The edge {edge.name}: {error}") from error
+            save_plan(self._plans[key], self.folder / "plans" / f"{self._plans[key].hash[:16]}.json")
+        return self._plans[key]
+
+    def _text(self) -> Text:
+        return Text(n_tokens=self.run.settings.text_tokens)
+
+    def _inputs(self) -> dict[str, Inputs] | None:
+        """Measure what flows into the weights, once for all plans."""
+        how, n_blocks = self.run.settings, self.model.anatomy.n_blocks
+        if how.score not in NEEDS_INPUTS and how.align not in ("bias", "lstsq"):
+            return None
+        if self._moments is None:
+            dense = dense_blocks(n_blocks, None, None)
+            blocks = [b for b in range(n_blocks) if b not in dense]
+            self._moments = measured_inputs(self.model, units_of(self.model), blocks, self._text())
+        return self._moments
+
+    def _package(self, plan: PrunePlan) -> Path:
+        """Save the pruned model of a plan, if it is not there."""
+        dtype = self.run.settings.dtype
+        place = self.folder / "packages" / f"{plan.hash[:16]}-{dtype}"
+        if place.is_dir():
+            store.check_folder(place)
+        else:
+            small = aligned(self.model, plan, moments=self._moments, text=self._text())
+            save_pruned(small, plan, place, dtype=dtype)
+        return place
+
+    # ------------------------------------------------------------ what comes back
+
+    def sent(self, assignment: Assignment) -> None:
+        """Journal that an edge was asked."""
+        self._note(assignment, "sent")
+
+    def failed(self, assignment: Assignment, why: str) -> None:
+        """Journal that an edge could not do its task."""
+        self._note(assignment, "failed", why)
+
+    def refused(self, assignment: Assignment, why: str) -> None:
+        """Journal that an answer is not used."""
+        self._note(assignment, "refused", why)
+
+    def late(self, assignment: Assignment) -> None:
+        """Journal an answer that came after the fusion; it is not used."""
+        self._note(assignment, "late", "Its answer came after the deadline. Start the run again to use it.")
+
+    def receive(self, assignment: Assignment, upload: Upload) -> None:
+        """Check what an edge sent, recover it to the whole model's sizes, and keep it.
+
+        Raises:
+            StoreError: Anything in it is not as it was agreed; it is journalled as refused and not kept.
+        """
+        try:
+            adapter = self._checked(assignment, upload)
+        except StoreError as error:
+            self.refused(assignment, str(error))
+            raise
+        place = self.folder / "adapters" / assignment.name
+        write_adapter(
+            place, iter(adapter.parts.items()), ranks_of(adapter), self.model, notes=adapter.notes, plan=adapter.plan,
+            n_examples=adapter.n_examples,
+        )  # fmt: skip
+        file = f"adapters/{assignment.name}/adapter_model.safetensors"
+        told = {k: upload.facts[k] for k in upload.facts if k in ("n_examples", "partial", "loss", *_GUARANTEE)}
+        facts = {**told, "bytes": upload.n_bytes, "ratio": assignment.plan.ratio, "rank": assignment.task.settings.rank}
+        self._note(assignment, "received", files={file: store.sha256_file(self.folder / file)}, facts=facts)
+
+    def _note(
+        self, assignment: Assignment, state: str, why: str = "", files: Mapping[str, str] | None = None,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        task = assignment.task
+        if why:
+            self.why[assignment.name] = why
+            _log.warning("%s: %s", assignment.name, why)
+        self.journal.add(Entry(task.run, assignment.name, task.plan, task.hash, state, files or {}, why, facts or {}))
+
+    def _checked(self, assignment: Assignment, upload: Upload) -> Adapter:
+        task, facts, where = assignment.task, upload.facts, f"the answer from {assignment.name}"
+        _check_facts(facts, task, where)
+        small = open_pruned(assignment.package, device="cpu")
+        tensors = dict(upload.tensors)
+        if task.settings.freeze_a:
+            if odd := next((n for n in tensors if not n.endswith(".lora_B")), None):
+                raise StoreError(f"{where}: it holds {odd[:80]!r}, and A was frozen. Do not use it.")
+            tensors |= {f"{name}.lora_A": value for name, value in task.initial.items()}
+        ranks = {name: task.settings.rank for name in task.initial}
+        if (facts["modules"], facts["ranks"]) != (list(ranks), list(ranks.values())):
+            raise StoreError(f"{where}: its list of weights or ranks is not what was agreed. Do not use it.")
+        scales = {name: alpha / task.settings.rank for name, alpha in zip(ranks, facts["alphas"])}
+        parts = check_tensors(
+            assignment.name, tensors, shapes_of(small), ranks=ranks, scales=scales, norms=weight_norms(small)
+        )
+        count = facts["n_examples"]
+        adapter = Adapter(
+            assignment.name, parts, task.base, plan=task.plan, n_examples=int(count) if count.isdecimal() else None,
+            notes={key: value for key, value in facts.items() if key in ("partial", "versions", "loss", *_GUARANTEE)},
+        )  # fmt: skip
+        return recover(adapter, assignment.plan, self.model)
+
+    # ------------------------------------------------------------ fusion
+
+    def fuse(self) -> Outcome:
+        """Fuse the adapters that are here.
+
+        Raises:
+            RetouchError: Too few are here; what came is kept, and the same run started again asks for the rest.
+        """
+        here = {name: entry for name, a in self.assignments.items() if (entry := self._here(a)) is not None}
+        absent = [name for name in self.assignments if name not in here]
+        for name in absent:
+            self._note(self.assignments[name], "absent")
+        how = self.run.settings
+        n, needed = len(self.assignments), max(how.min_edges, -int(-how.quorum * len(self.assignments) // 1))
+        if len(here) < needed:
+            told = "; ".join(f"{name}: {self.why.get(name, 'no answer')}" for name in absent)
+            raise RetouchError(
+                f"{len(here)} of {n} edges have sent an adapter, and {needed} are needed. Missing: {told}. What came is kept "
+                f"in {self.folder}; start the same run again and only the rest is asked for."
+            )
+        adapters = [self._opened(name) for name in here]
+        weights: Any = None if how.weights == "equal" else "examples"
+        fused = self.folder / "fused"
+        merge_to_folder(self.model, adapters, self.run.method, fused, weights=weights, resolver=self.run.resolver)
+        outcome = Outcome(
+            fused, tuple(here), tuple(absent), tuple(n for n, e in here.items() if e.facts.get("partial")),
+            tuple(n for n in self.resumed if n in here), {n: w for n, w in self.why.items() if n in absent},
+            {n: e.facts for n, e in here.items()},
+        )  # fmt: skip
+        store.write_json_atomic(self.folder / "result.json", outcome.to_dict())
+        return outcome
+
+    def _here(self, assignment: Assignment) -> Entry | None:
+        task = assignment.task
+        return self.journal.received(task.run, assignment.name, task.plan, task.hash)
+
+    def _opened(self, name: str) -> Adapter:
+        """Read an adapter back, with what its edge could see."""
+        adapter, plan = (
+            open_adapter(self.folder / "adapters" / name, self.model, name=name),
+            self.assignments[name].plan,
+        )
+        return recover(restricted(adapter, plan, self.model), plan, self.model)
+
+
+def _check_facts(facts: Mapping[str, Any], task: Task, where: str) -> None:
+    allowed = {*FACTS, "loss", *_GUARANTEE}
+    odd = sorted((set(FACTS) - set(facts)) | (set(facts) - allowed))
+    if odd:
+        what = "lacks" if odd[0] in FACTS else "also holds"
+        raise StoreError(f"{where} {what} {str(odd[0])[:80]!r}. Do not use it; update the edge's software.")
+    n, lists = len(task.initial), {"modules": str, "ranks": int, "alphas": float}
+    for name, kind in lists.items():
+        values = facts[name]
+        if not isinstance(values, list) or len(values) != n or not all(type(v) is kind for v in values):
+            raise StoreError(f"{where}: {name} must be a list of {n} values of type {kind.__name__}. Do not use it.")
+    for name, expected in (("plan", task.plan), ("base", task.base), ("settings", task.hash)):
+        if facts[name] != expected:
+            raise StoreError(
+                f"{where}: its {name} is {str(facts[name])[:12]!r}, and {expected[:12]!r} was asked for. Do not use it."
+            )
+    count, words = facts["n_examples"], facts["versions"]
+    if not isinstance(count, str) or not (
+        count in ("<100", "<1k", "<10k", "more") or (count.isdecimal() and len(count) < 13)
+    ):
+        raise StoreError(f"{where}: its number of examples is {str(count)[:40]!r}. Do not use it.")
+    if not isinstance(words, list) or len(words) > 32 or not all(isinstance(w, str) and len(w) < 100 for w in words):
+        raise StoreError(f"{where}: its list of versions is none. Do not use it.")
+    for name, kind in {"partial": bool, "loss": float, **_GUARANTEE}.items():
+        value = facts.get(name)
+        if name in facts and (type(value) is not kind or len(json.dumps(value)) > 200):
+            raise StoreError(
+                f"{where}: {name} must be of type {kind.__name__}; got {str(value)[:40]!r}. Do not use it."
+            )

@@ -1,0 +1,225 @@
+"""From settings and a run to a fitted policy: build the parts, prepare what is computed once, train."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .. import store
+from ..bound import upper_bound
+from ..model import Model
+from ._adaptor import FixedKnowledge
+from ._draws import LAGS, Asked, Pool, partners
+from ._duality import Duality, Plan, Prices
+from ._training import load_state
+from ._watch import Watch
+from .base import Run
+from .fitted import PolicyScorer
+from .fusion import Fusion
+from .generator_fit import _judges
+from .instruction import GlobalInstructions, Instructions, PromptInstructions
+from .knowledge import LanguageKnowledge, TextKnowledge
+from .policy import Policy
+from .splits import Samples
+from .vectors import load_vectors, text_vectors
+
+if TYPE_CHECKING:
+    from .generator import Generator
+    from .lwgr import LWGR, Settled
+
+__all__ = ["build", "fit_policy"]
+
+AnySource = LanguageKnowledge | TextKnowledge | FixedKnowledge
+_FORMAT = 1
+_BEGIN_ROWS = 20_000
+_SMALL, _LARGE = 2_000, 1_000_000
+"""Numbers of users that decide how many words a book has."""
+
+
+def fit_policy(method: LWGR, run: Run) -> PolicyScorer:
+    """Train a policy as the method says; see `retouch.recommend.lwgr.LWGR.fit`."""
+    settled, reference, catalogue = method.settled(), run.needs_reference().eval(), run.needs_catalogue()
+    devices = [torch.device(run.device)] if run.device.startswith("cuda") else []
+    with torch.random.fork_rng(devices=devices):  # the caller's generators are left as they were
+        torch.manual_seed(method.seed)
+        pool = Pool(run.splits.train, reference.n_history, method.cuts_pool, settled.lagged, method.seed)
+        own = Asked(run.data, run.splits, reference.n_history)
+        other = Asked(run.data, run.splits, reference.n_history, partners(run.splits, method.seed))
+        asked = other if method.knowledge == "shuffled" else own
+        judged = other if method.knowledge.startswith("shuffled") else own
+        policy = build(method, run)
+        _begin(policy, pool, own, method.seed)
+        judges = _judges(run.splits.valid, method.n_validation, method.seed)
+        watched = pool.samples if settled.constraint == "batch" else run.splits.constraint
+        key = _key(method, run, reference)
+        place = None if run.folder is None else run.folder / f"{method.name}-{key[:12]}"
+        training = Duality(
+            policy, _plan(method, settled, run), pool, asked,
+            Watch(watched, reference, run.data, catalogue, method.harm, settled.slack),
+            Watch(judges, reference, run.data, catalogue, method.harm, settled.slack),
+            catalogue, place, key, judged,
+        )  # fmt: skip
+        _warn_early(training, settled, run)
+        if not _is_finished(training):
+            _prepare(policy, pool, asked, judged, run, judges)
+        torch.manual_seed(method.seed + 1)  # what was drawn while preparing decides nothing
+        at = training.run()
+    record = {"key": key, "settings": method.to_dict(), "settled": asdict(settled), **asdict(at)}
+    how = {"beams": method.beams, "full": method.full, "filter_seen": method.filter_seen}
+    return PolicyScorer.of(policy, judged, record | {"history": training.history()}, catalogue=catalogue, **how)
+
+
+# ---------------------------------------------------------------- parts
+
+
+def build(method: LWGR, run: Run) -> Policy:
+    """Build an untrained policy; where knowledge is added from zero on, it equals the reference."""
+    settled, reference = method.settled(), run.needs_reference()
+    if method.knowledge == "none":
+        return Policy(reference, None, None, None).to(run.device)
+    source = _source(method, settled, run, reference)
+    instructions = _instructions(method, run, reference, source)
+    fusion = Fusion(
+        reference.size.d_model, source.d_llm, n_layers=settled.fusion_layers, residual=settled.residual,
+        gate=settled.gate,
+    )  # fmt: skip
+    return Policy(reference, instructions, fusion, source, settled.context).to(run.device)
+
+
+def _source(method: LWGR, settled: Settled, run: Run, reference: Generator) -> AnySource:
+    if method.knowledge == "text":
+        return TextKnowledge(_vectors(method, run), reference.n_history)
+    source = LanguageKnowledge(
+        run.needs_model(), _titles(method, run), order=settled.order, titles_as=method.titles,
+        n_llm_layers=method.n_llm_layers, max_title_tokens=method.max_title_tokens,
+        text_cache_mib=method.text_cache_mib,
+    )  # fmt: skip
+    if method.instruction == "prompt" and settled.order == "prefix":
+        fixed = FixedKnowledge(source)
+        fixed.ask(source.prompt(method.prompt))
+        return fixed
+    return source
+
+
+def _vectors(method: LWGR, run: Run) -> NDArray[np.float32]:
+    if method.text_vectors:
+        return load_vectors(method.text_vectors, run.data.n_items)
+    return text_vectors([item.text if item.text.strip() else item.id for item in run.data.items])
+
+
+def _titles(method: LWGR, run: Run) -> list[str]:
+    titles = [getattr(item, method.llm_text) or item.title or item.id for item in run.data.items]
+    if method.titles_shuffled:
+        order = np.random.default_rng((method.seed, 78)).permutation(len(titles))
+        titles = [titles[i] for i in order]
+    return titles
+
+
+def _instructions(
+    method: LWGR, run: Run, reference: Generator, source: AnySource
+) -> Instructions | GlobalInstructions | PromptInstructions:
+    if method.instruction == "global":
+        return GlobalInstructions(source.d_llm, method.n_books, source.rms)
+    if method.instruction == "prompt":
+        return PromptInstructions(_prompt_tokens(method, run.needs_model()))
+    return Instructions(
+        reference.size.d_model, source.d_llm, n_books=method.n_books, n_codewords=_codewords(method, run),
+        d_code=method.d_code, temperature=method.temperature, quantise=method.instruction == "codebooks",
+        rms=source.rms,
+    )  # fmt: skip
+
+
+def _prompt_tokens(method: LWGR, model: Model) -> Tensor:
+    network: Any = model.network
+    ids = model.tokenizer(method.prompt, add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        rows: Tensor = network.get_input_embeddings()(torch.tensor(ids, device=model.device))
+    return rows
+
+
+def _codewords(method: LWGR, run: Run) -> int:
+    if method.n_codewords is not None:
+        return method.n_codewords
+    return 16 if run.data.n_users < _SMALL else 256 if run.data.n_users > _LARGE else 64
+
+
+def _begin(policy: Policy, pool: Pool, asked: Asked, seed: int) -> None:
+    """Measure the states of training users, and place the words of the books among them."""
+    if not isinstance(policy.instructions, Instructions):
+        return
+    rows = np.random.default_rng((seed, 14)).permutation(len(pool))[:_BEGIN_ROWS]
+    seen = asked.windows(pool.samples.take(np.sort(rows)))
+    policy.eval()
+    with torch.no_grad():
+        states = [policy.state(torch.from_numpy(seen[i : i + 1024])) for i in range(0, len(seen), 1024)]
+    policy.instructions.begin(torch.cat(states), seed)
+
+
+# ---------------------------------------------------------------- the training
+
+
+def _plan(method: LWGR, settled: Settled, run: Run) -> Plan:
+    unit = settled.max_harm if settled.price_relative else 1.0
+    maximum = float("inf") if settled.price_maximum is None else settled.price_maximum
+    prices = Prices(
+        settled.max_harm, settled.price, settled.price_step / unit, settled.price_damping / unit, maximum,
+        0.9 if settled.price_relative else 0.0,
+    )  # fmt: skip
+    return Plan(
+        settled.constraint, prices, settled.choice, method.batch_size, method.n_epochs, method.patience,
+        method.cuts_per_epoch or (8 if run.data.n_users < _SMALL else 1), settled.knowledge_dropout,
+        method.learning_rate, method.learning_rate_new, method.warm_up_steps, method.weight_decay, method.clip,
+        method.validation_beams, method.seed,
+    )  # fmt: skip
+
+
+def _warn_early(training: Duality, settled: Settled, run: Run) -> None:
+    """Say before training what no training can change: that the users kept back are too few for the limit."""
+    n = len(np.unique(run.splits.certificate.users))
+    if settled.choice == "feasible" and n and (least := upper_bound(np.zeros(n))) > settled.max_harm:
+        training.note(
+            f"A limit of {settled.max_harm:g} cannot be certified with {n} users: even without any harm their bound is "
+            f"{least:.3g}. Raise max_harm, or keep more users back."
+        )
+
+
+def _is_finished(training: Duality) -> bool:
+    """Tell whether an earlier call ended this training: then nothing needs to be prepared."""
+    found = None if training.place is None else load_state(training.place)
+    return found is not None and found[1]["key"] == training.key and bool(found[1]["at"]["done"])
+
+
+def _prepare(policy: Policy, pool: Pool, asked: Asked, judged: Asked, run: Run, judges: Samples) -> None:
+    """Let the source of knowledge read ahead all histories that the training will ask about."""
+    if policy.source is None:
+        return
+    free = pool.samples.take(pool.lags < 0)  # at any lag
+    windows: list[NDArray[np.int32]] = [
+        asked.windows(pool.samples, np.maximum(pool.lags, 0)),
+        *(asked.windows(free, lag) for lag in LAGS[0][1:] if pool.lagged),
+        asked.windows(run.splits.constraint),
+        judged.windows(judges),
+    ]
+    policy.source.prepare(np.concatenate(windows))
+
+
+def _key(method: LWGR, run: Run, reference: Generator) -> str:
+    """Name everything that decides the trained policy."""
+    parts = {n: getattr(run.splits, n) for n in ("train", "valid", "constraint")}
+    ignored = {"beams", "full", "filter_seen"}
+    uses_model = method.knowledge not in ("none", "text")
+    return store.key(
+        method=method.name, settings={k: v for k, v in method.to_dict().items() if k not in ignored},
+        settled=asdict(method.settled()), data=run.data.fingerprint,
+        samples={n: store.digest_tensor(torch.from_numpy(np.stack([p.users, p.cuts]))) for n, p in parts.items()},
+        titles=store.key(titles=_titles(method, run)), sizes=list(run.needs_catalogue().sizes),
+        codes=store.digest_tensor(reference.codes),
+        reference={n: store.digest_tensor(t) for n, t in reference.state_dict().items()},
+        model=run.needs_model().fingerprint if uses_model else None, format=_FORMAT,
+        vectors=store.sha256_file(method.text_vectors) if method.text_vectors else None,
+    )  # fmt: skip

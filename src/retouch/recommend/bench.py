@@ -1,0 +1,170 @@
+"""Compare recommenders in one harness: same data, splits, codes and evaluation, and harm against one reference."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import store
+from ..errors import StoreError
+from ..measure import environment
+from ..model import Model
+from .api import Prepared
+from .base import Recommender, Run, Scorer
+from .certificate import Terms, certify
+from .evaluate import evaluate
+from .evidence import Evidence, collect
+from .generator_fit import fit_reference
+from .lwgr import LWGR
+from .metrics import paired
+from .reference import ReferenceSettings
+from .scorer import GenerativeScorer
+
+__all__ = ["METHODS", "Bench", "run"]
+
+METHODS = "popularity,sasrec,reference,reference:seed=1,continued,lwgr,lwgr:constraint=none,lwgr:knowledge=shuffled,kar"
+_METRICS = ("recall@5", "recall@10", "ndcg@5", "ndcg@10")
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """What is compared.
+
+    Attributes:
+        methods: By the words that named them.
+        reference: How the reference is trained that all policies start from and are measured against.
+        limit: The harm that is allowed, nats per code.
+        n_history: How many of the latest items are read.
+        filter_seen: Also measure with items hidden that a history already holds.
+        device: Where to compute.
+        seed: Of the resampling.
+    """
+
+    methods: Mapping[str, Recommender]
+    reference: ReferenceSettings
+    limit: float = 0.03
+    n_history: int = 20
+    filter_seen: bool = True
+    device: str = "cpu"
+    seed: int = 0
+
+
+def run(prepared: Prepared, wanted: Bench, model: Model | None, out: Path) -> dict[str, Any]:
+    """Fit and measure every method, and write one JSON object. What is finished is found again.
+
+    Returns:
+        What was written: ``methods`` by name, with paired differences from the reference under ``against_reference``
+        and from ``continued`` under ``against_continued``.
+    """
+    p = prepared
+    generator = fit_reference(
+        p.data, p.splits, p.catalogue, wanted.reference, p.folder, n_history=wanted.n_history, device=wanted.device
+    ).eval()
+    base = GenerativeScorer(generator, p.catalogue, p.data)
+    given = Run(p.data, p.splits, p.catalogue, p.folder, generator, model, wanted.n_history, wanted.device)
+    work = p.folder / "bench" / _key(p, wanted, model)[:12]
+    work.mkdir(parents=True, exist_ok=True)
+    rows: dict[str, dict[str, Any]] = {}
+    for words, method in wanted.methods.items():
+        place = work / f"{store.key(method=method.name, settings=method.to_dict())[:16]}.json"
+        if (kept := _kept(place)) is None:
+            kept = _measured(p, wanted, method, given, base)
+            store.write_json_atomic(place, kept)
+        rows[words] = kept
+    result = {
+        "verb": "recommend", "model": None if model is None else model.source, "data": p.data.name,
+        "n": len(p.data.users), "seed": wanted.seed,
+        "environment": environment(model) | {
+            "reference": wanted.reference.to_dict(), "splits": {"how": p.splits.how, "holdout": p.splits.holdout,
+            "seed": p.splits.seed}, "notes": dict(p.data.notes),
+        },
+        "methods": {name: _told(name, row, rows) for name, row in rows.items()},
+    }  # fmt: skip
+    store.write_json_atomic(out, result)
+    return result
+
+
+def _kept(place: Path) -> dict[str, Any] | None:
+    try:
+        return dict(store.read_json(place)) if place.is_file() else None
+    except StoreError:
+        return None
+
+
+def _measured(p: Prepared, wanted: Bench, method: Recommender, given: Run, base: Scorer) -> dict[str, Any]:
+    start = time.perf_counter()
+    scorer = method.fit(given)
+    seconds = time.perf_counter() - start
+    found = evaluate(scorer, p.data, p.splits, seed=wanted.seed, n_history=wanted.n_history)
+    evidence = collect(p.data, p.splits, base, {"fresh": scorer}, len(p.catalogue.sizes))
+    line = certify(evidence, Terms(wanted.limit, seed=p.splits.seed)).line()
+    row: dict[str, Any] = {
+        **found.numbers, "harm": line.upper, "harm_limit": wanted.limit, "harm_mean": line.mean, "verdict": line.verdict,
+        "harm_test": _harm_on_test(p, scorer, base), "seconds": seconds, "segments": found.to_json(),
+        "broken": list(found.broken), "settings": method.to_dict(), "users": found.users.tolist(),
+        "values": np.round(found.values, 6).tolist(), "coverage_check": _covers(evidence, wanted),
+    }  # fmt: skip
+    record = getattr(scorer, "record", None)
+    if isinstance(method, LWGR) and record:
+        row["training"] = {k: v for k, v in record.items() if k not in ("history", "settings")}
+    if wanted.filter_seen and hasattr(scorer, "filter_seen"):
+        hidden = evaluate(
+            replace(scorer, filter_seen=True), p.data, p.splits, seed=wanted.seed, n_history=wanted.n_history
+        )  # type: ignore[type-var]
+        row["filtered"] = hidden.numbers
+    return row
+
+
+def _harm_on_test(p: Prepared, scorer: Scorer, base: Scorer) -> float:
+    """Return the mean harm on the test targets of users who were kept for the certificate."""
+    from .splits import CERTIFICATE
+
+    keep = p.splits.roles[p.splits.test.users - 1] == CERTIFICATE
+    samples = p.splits.test.take(np.flatnonzero(keep))
+    lost = (base.log_likelihood(samples) - scorer.log_likelihood(samples)) / len(p.catalogue.sizes)
+    return float(np.clip(lost, 0, 1).mean())
+
+
+def _covers(evidence: Evidence, wanted: Bench, draws: int = 200) -> dict[str, float]:
+    """Split the certificate's users in halves again and again: how often is the bound of one below the other's mean?"""
+    from ..bound import upper_bound
+
+    harms = evidence.harms(evidence.after["fresh"], 0.0)[0]
+    generator, missed, kept_and_broken = np.random.default_rng(wanted.seed), 0, 0
+    for _ in range(draws):
+        order = generator.permutation(len(harms))
+        one, other = order[: len(order) // 2], order[len(order) // 2 :]
+        upper, mean = upper_bound(harms[one], confidence=0.95), float(harms[other].mean())
+        missed += upper < mean
+        kept_and_broken += upper <= wanted.limit < mean
+    return {"draws": draws, "misses": missed / draws, "kept_and_broken": kept_and_broken / draws}
+
+
+def _told(name: str, row: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    told = {k: v for k, v in row.items() if k not in ("users", "values")}
+    for against in ("reference", "continued"):
+        if against in rows and against != name:
+            told[f"against_{against}"] = _difference(row, rows[against])
+    return told
+
+
+def _difference(new: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
+    from .metrics import METRICS
+
+    rows = paired(np.array(new["values"]), np.array(old["values"]))
+    by_name = dict(zip(METRICS, rows.tolist()))
+    return {m: {"mean": v[0], "low": v[1], "high": v[2], "relative": v[0] / old[m] if old[m] else None}
+            for m, v in by_name.items() if m in _METRICS}  # fmt: skip
+
+
+def _key(p: Prepared, wanted: Bench, model: Model | None) -> str:
+    return store.key(
+        data=p.data.fingerprint, codes=store.key(codes=p.catalogue.codes.tolist()), reference=wanted.reference.to_dict(),
+        splits=[p.splits.how, p.splits.holdout, p.splits.seed], model=None if model is None else model.fingerprint,
+        n_history=wanted.n_history, limit=wanted.limit, filter_seen=wanted.filter_seen, format=1,
+    )  # fmt: skip

@@ -6,6 +6,8 @@ import pytest
 import torch
 from fuse_pruning import PRUNABLE, TEXT, logits, opened
 
+from retouch.errors import UserError
+from retouch.fuse._inputs import Text
 from retouch.fuse._units import units_of
 from retouch.fuse.align import aligned
 from retouch.fuse.prune import plan_prune
@@ -34,6 +36,8 @@ def test_none_cuts_alone_and_the_hash_covers_the_choice(tiny: Any) -> None:
     model = opened(tiny, "llama")
     plans = [planned(model, a) for a in ("none", "bias", "lstsq", "distil")]
     assert len({p.hash for p in plans}) == 4
+    with pytest.raises(UserError, match="same text"):
+        aligned(model, plans[1], text=Text(text="another one", n_tokens=512, sequence_length=64))
     assert torch.equal(logits(aligned(model, plans[0])), logits(pruned(model, plans[0])))
 
 
@@ -86,8 +90,8 @@ def test_lstsq_is_the_ridge_regression_on_the_kept_inputs_and_beats_bias(tiny: A
 def test_distil_comes_nearer_and_leaves_head_embeddings_and_the_base_alone(tiny: Any) -> None:
     model = opened(tiny, "llama")
     before, plan = model.fingerprint, planned(model, "distil")
-    one = aligned(model, plan, text=TEXT, n_steps=25, learning_rate=3e-3)
-    again = aligned(model, plan, text=TEXT, n_steps=25, learning_rate=3e-3)
+    one = aligned(model, plan, text=TEXT, n_steps=15, learning_rate=3e-3)
+    again = aligned(model, plan, text=TEXT, n_steps=15, learning_rate=3e-3)
 
     def objective(small: Any) -> float:
         total = 0.0
@@ -101,7 +105,7 @@ def test_distil_comes_nearer_and_leaves_head_embeddings_and_the_base_alone(tiny:
             )
         return total
 
-    assert objective(one) < 0.8 * objective(pruned(model, plan))
+    assert objective(one) < 0.85 * objective(pruned(model, plan))
     assert one.fingerprint == again.fingerprint
     assert one.weight("embed") is model.weight("embed") and one.weight("head") is model.weight("head")
     import dataclasses

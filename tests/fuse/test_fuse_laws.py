@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from retouch import registry
 from retouch.change import LowRank
 from retouch.fuse.base import Adapter, shares
-from retouch.fuse.core import canonical, coordinates, factors, weighted
+from retouch.fuse.core import canonical, coordinates, factors, spanned, weighted
 from retouch.fuse.fusing import stream
 
 QUICK = settings(max_examples=12, deadline=None, derandomize=True)
@@ -166,7 +166,9 @@ def test_scaling_all_adapters_scales_the_result(name, case, scale):
 def test_the_core_holds_the_adapters_and_their_mean(case):
     adapters = build(case)
     parts = [a.parts[made.NAME] for a in adapters]
-    for core in (coordinates(parts), canonical(coordinates(parts))):
+    slow, fast = canonical(coordinates(parts)), spanned(parts)
+    assert slow.middles.shape == fast.middles.shape
+    for core in (coordinates(parts), slow, fast):
         for part, middle in zip(parts, core.middles):
             assert gap(core.left @ middle @ core.right, part.delta()) < 1e-10
         weights = shares(adapters, uneven(len(parts)))

@@ -166,7 +166,7 @@ def test_ratio_and_budget_are_met_within_a_percent(tiny: Any, name: str, score: 
     assert abs(planned(model, score=score, ratio=0.4).ratio - 0.4) < 0.01
     load = Load(batch=2, n_tokens=32)
     whole = memory.predicted(model, units_of(model), {}, load).mib
-    half = dict.fromkeys((1, 2), (1.0 if name != "gemma_one" else 1.0, 1024.0))
+    half = dict.fromkeys((1, 2), (1.0, 1024.0))
     budget = (whole + memory.predicted(model, units_of(model), half, load).mib) / 2
     plan = planned(model, ratio=None, budget_mib=budget, load=load, score=score)
     now = memory.predicted(model, units_of(model), plan.widths, load)
@@ -258,7 +258,7 @@ def test_saved_model_reloads_equal_and_holds_no_indices(tiny: Any, tmp_path: Any
     again = open_pruned(tmp_path / "edge", device="cpu")
     from retouch.fuse.align import aligned
 
-    small = aligned(model, plan, text=None)
+    small = aligned(model, plan)
     assert torch.equal(logits(again), logits(small))
     assert again.plan == plan.hash and again.base_fingerprint == model.fingerprint and again.align == "bias"
     assert not any(p.is_meta for p in [*again.network.parameters(), *again.network.buffers()])
@@ -301,3 +301,10 @@ def test_an_uneven_model_is_not_saved_as_an_even_one(tiny: Any, tmp_path: Any) -
         pruned(model, plan).save_files(tmp_path, "float32")
     with pytest.raises(StoreError, match="plan"):
         save_pruned(pruned(model, plan), planned(model, seed=7), tmp_path / "x")
+
+
+@pytest.mark.parametrize("ratio", [0.15, 0.3, 0.6, 0.8])
+def test_a_coarse_number_of_head_groups_does_not_waste_the_budget(tiny: Any, ratio: float) -> None:
+    model = opened(tiny, "llama", intermediate_size=1024)
+    plan = planned(model, ratio=ratio)
+    assert abs(plan.ratio - ratio) < 0.01

@@ -60,13 +60,13 @@ def answer_loss(model: Any, example: Example) -> float:
 # ---------------------------------------------------------------- learning
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma", "gemma_one"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma_one"])
 def test_a_pruned_edge_learns_and_its_adapter_recovers(tiny: Any, tmp_path: Path, name: str) -> None:
     model = opened(tiny, name)
     plan = plan_prune(model, ratio=0.5, score="magnitude", align="none", text=TEXT)
     save_pruned(model, plan, tmp_path / "edge")
     small = open_pruned(tmp_path / "edge", device="cpu")
-    settings = dataclasses.replace(QUICK, n_steps=25, dropout=0.0, learning_rate=1e-2)
+    settings = dataclasses.replace(QUICK, n_steps=16, dropout=0.0, learning_rate=1e-2)
     first = initial_a(model, plan, settings)
     before = small.fingerprint
     adapter = train(small, FACTS, settings, initial=first)
@@ -74,7 +74,7 @@ def test_a_pruned_edge_learns_and_its_adapter_recovers(tiny: Any, tmp_path: Path
     assert dataclasses.replace(small, known_digests={}).fingerprint == before
     assert not any("lora" in n for n, _ in small.network.named_parameters()) and not small.network.training
     losses = [sum(answer_loss(m, e) for e in FACTS) for m in (small, added(small, adapter))]
-    assert losses[1] < 0.5 * losses[0]
+    assert losses[1] < 0.6 * losses[0]
     full = recover(adapter, plan, model)
     whole = pruned(added(model, full), dataclasses.replace(plan, model=added(model, full).fingerprint))
     assert torch.equal(logits(whole), logits(added(small, adapter)))
@@ -146,8 +146,14 @@ def test_checkpointing_gives_the_same_adapter(tiny: Any) -> None:
     assert all(torch.allclose(p.left, other.parts[n].left, atol=1e-5) for n, p in one.parts.items())
 
 
-def test_bfloat16_weights_train_a_float32_adapter_and_stay_as_they_were(tiny: Any) -> None:
+def test_bfloat16_weights_train_a_float32_adapter_and_stay_as_they_were(tiny: Any, tmp_path: Path) -> None:
     model = opened(tiny, "gemma")
+    plan, how = plan_prune(model, ratio=0.5, score="random", align="none"), dataclasses.replace(QUICK, dtype="bfloat16")
+    save_pruned(model, plan, tmp_path, dtype="bfloat16")
+    first = initial_a(model, plan, how)
+    small, same = (open_pruned(tmp_path, device="cpu", dtype=d) for d in ("bfloat16", "float32"))
+    assert small.weight("embed").dtype == torch.bfloat16
+    assert equal(*(train(m, FACTS, how, initial=first) for m in (small, same)))
     before = model.fingerprint
     adapter = train(model, FACTS, dataclasses.replace(QUICK, dtype="bfloat16"))
     assert {p.left.dtype for p in adapter.parts.values()} == {torch.float32}
@@ -155,10 +161,36 @@ def test_bfloat16_weights_train_a_float32_adapter_and_stay_as_they_were(tiny: An
     assert any(p.left.any() for p in adapter.parts.values())
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma"])
+def test_predicted_activations_are_those_that_the_backward_pass_keeps(tiny: Any, name: str, dropout: float) -> None:
+    from retouch.fuse.memory import Load, predicted
+    from retouch.fuse.train import _Course
+
+    model = opened(tiny, name, hidden_size=128, intermediate_size=384)
+    settings = dataclasses.replace(QUICK, dropout=dropout)
+    rows = encoded(model, [Example("one two three four " * 4, "five")] * 4, 512)
+    course = _Course(model, settings, rows, [], initial_a(model, None, settings), None, "x")
+    known = {t.untyped_storage().data_ptr() for t in [*course.network.parameters(), *course.network.buffers()]}
+    seen: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in known:
+            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        course._loss(rows)
+    load = Load(batch=4, n_tokens=len(rows[0].ids), n_answer_tokens=len(rows[0].target), rank=4, dropout=dropout)
+    peak = predicted(model, units_of(model), {}, load)
+    expected = peak.activations * 4 / 5 + peak.head / 3  # without a block's gradients and the answers'
+    assert sum(s.nbytes() for s in seen.values()) == pytest.approx(expected, rel=0.15)
+
+
 # ---------------------------------------------------------------- going on
 
 
-@pytest.mark.parametrize("step", [1, 2, 3, 5])
+@pytest.mark.parametrize("step", [1, 2, 5])
 def test_a_killed_run_goes_on_to_the_same_bits(tiny: Any, tmp_path: Path, step: int) -> None:
     model = opened(tiny, "qwen2")
     reference = train(model, FACTS, QUICK, replay=FACTS[3:])

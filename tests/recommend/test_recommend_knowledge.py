@@ -139,7 +139,7 @@ def test_later_items_change_no_knowledge_of_earlier_ones(llm):
     assert after.cache.n_computed == 1
 
 
-@pytest.mark.parametrize("mib", [0, 0.001])
+@pytest.mark.parametrize("mib", [0, 1e-5, 0.001])
 def test_without_memory_states_are_computed_again_and_equal(llm, mib):
     model = llm()
     tokens = asked(model).detach()
@@ -151,6 +151,20 @@ def test_without_memory_states_are_computed_again_and_equal(llm, mib):
             small.states(tokens, WINDOWS).states, large.states(tokens, WINDOWS).states, rtol=1e-4, atol=1e-5
         )
     assert small.cache.n_computed > large.cache.n_computed and small.cache.used_mib <= mib
+
+
+@pytest.mark.parametrize("mib", [0.001, 8])
+def test_memory_that_was_never_written_is_never_read(llm, mib):
+    """Torch fills such memory with what is not a number when it is asked to be deterministic."""
+    model = llm()
+    torch.use_deterministic_algorithms(True)
+    try:
+        knowledge = knows(model, text_cache_mib=mib)
+        for _ in range(2):
+            assert torch.isfinite(knowledge.states(asked(model).detach(), WINDOWS).states).all()
+            knowledge.prepare(WINDOWS.numpy())
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_half_precision_moves_states_a_little_whether_kept_or_not(llm):

@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from . import _show, bench, edit, fuse, locate, look, model, slim
+from . import _show, bench, edit, fuse, locate, look, model, recommend, slim
 
 __all__ = ["app", "main"]
 
@@ -27,6 +27,7 @@ for module in (edit, model, look, locate, slim):
     module.add_to(app)
 app.add_typer(bench.app, name="bench")
 app.add_typer(fuse.app, name="fuse")
+app.add_typer(recommend.app, name="recommend")
 
 
 def main() -> None:

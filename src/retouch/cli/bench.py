@@ -265,3 +265,75 @@ def fuse(
     rows = [[name, *(m.get(c) for c in columns)] for name, m in result["methods"].items()]
     _show.table(f"{result['n']:,} composed prompts of {result['data']}", ["system", *columns], rows)
     _show.say(f"Saved as {json_}.")
+
+
+@app.command()
+def recommend(
+    data: Annotated[
+        Path, typer.Option(help="Atomic files, a sequence file, CSV, Parquet, or a folder with one of them.")
+    ],
+    model: Annotated[
+        str, typer.Option(help="The language model: a folder, a hub id, a .gguf file, or smollm2.")
+    ] = "smollm2",
+    methods: Annotated[
+        str,
+        typer.Option(help="Names, with settings if you like: sasrec,lwgr:n_books=3. Default: all rivals and controls."),
+    ] = "",
+    max_harm: Annotated[float, typer.Option(help="Limit of the mean harm, nats per code.")] = 0.03,
+    format: Annotated[
+        str, typer.Option(help="inter, sequences, csv, parquet or movielens; default: by the file.")
+    ] = "",
+    user: Annotated[str, typer.Option(help="Column of users.")] = "user_id",
+    item: Annotated[str, typer.Option(help="Column of items.")] = "item_id",
+    time: Annotated[str, typer.Option(help="Column of times.")] = "timestamp",
+    text: Annotated[str, typer.Option(help="Columns of an item's text: title,brand.")] = "",
+    titles: Annotated[Path | None, typer.Option(help="A map of titles beside a sequence file.")] = None,
+    min_rating: Annotated[float | None, typer.Option(help="Ratings below it are no interactions.")] = None,
+    min_count: Annotated[int, typer.Option(help="Users and items with fewer interactions are left out.")] = 5,
+    split: Annotated[str, typer.Option(help="leave-one-out or time.")] = "leave-one-out",
+    holdout: Annotated[str, typer.Option(help="What is kept for the certificate: users or targets.")] = "users",
+    tokeniser: Annotated[str, typer.Option(help="rq_kmeans, rq_vae or opq.")] = "rq_kmeans",
+    codes: Annotated[int | None, typer.Option(help="Codes of a level; default: by the number of items.")] = None,
+    size: Annotated[str, typer.Option(help="Of the reference: tiny, small, base or tiger.")] = "small",
+    reference_epochs: Annotated[int, typer.Option(help="Most epochs of the reference.")] = 200,
+    samples_per_epoch: Annotated[int | None, typer.Option(help="Samples of an epoch of the reference.")] = None,
+    dropout: Annotated[float, typer.Option(help="Of the reference.")] = 0.1,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    work: Annotated[Path | None, typer.Option(help="Folder of what is finished; default: in the cache.")] = None,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    json_: Annotated[Path, typer.Option("--json", help="The result.")] = Path("bench-recommend.json"),
+) -> None:
+    """Measure recommenders on one data set; an interrupted run goes on when the same command is given again.
+
+    Example: retouch bench recommend --data ml-100k --methods popularity,sasrec,reference,lwgr --json ml-100k.json
+    """
+    from .. import registry
+    from ..errors import UserError
+    from ..model import open_model
+    from ..recommend import api, bench
+    from ..store import refuse_inside
+    from .recommend import one_of, read, reference_of
+
+    chosen = registry.parse("recommend", methods or bench.METHODS, seed=seed)
+    if max_harm <= 0:
+        raise UserError(f"--max-harm must be above 0, in nats per code; got {max_harm}.")
+    refuse_inside(json_)
+    with _show.progress():
+        found = read(data, format, user, item, time, text, titles, min_rating, min_count, False)
+        prepared = api.prepare(
+            found, work, tokens=api.Tokens(tokeniser, codes), how=one_of("split", split, ("leave-one-out", "time")),
+            holdout=one_of("holdout", holdout, ("users", "targets")), seed=seed,
+        )  # fmt: skip
+        wanted = bench.Bench(
+            chosen,
+            reference_of(size, reference_epochs, samples_per_epoch, dropout, seed),
+            max_harm,
+            device=device,
+            seed=seed,
+        )
+        asks = any(getattr(m, "knowledge", "none") not in ("text", "none") for m in chosen.values())
+        result = bench.run(prepared, wanted, open_model(model) if asks else None, json_)
+    columns = ("recall@5", "recall@10", "ndcg@5", "ndcg@10", "harm", "verdict", "seconds")
+    rows = [[name, *(m.get(c) for c in columns)] for name, m in result["methods"].items()]
+    _show.table(f"{result['n']:,} users of {result['data']}, full ranking", ["method", *columns], rows)
+    _show.say(f"Saved as {json_}.")

@@ -19,7 +19,7 @@ from .. import store
 from ..change import LowRank
 from ..settings import setting
 from .base import Entries, FuseMethod, Module
-from .core import Core, canonical, coordinates, factors, within
+from .core import Core, canonical, factors, spanned, within
 
 __all__ = [
     "Blocks",
@@ -306,23 +306,23 @@ def in_core(module: Module, make: Callable[[Blocks], Rule], rank: int | None = N
         make: Gives the rule when it is given the blocks.
         rank: At most, of the result.
     """
-    core = canonical(module.core or coordinates(module.parts))
-    blocks = Blocks(_small(module, core))
+    core = spanned(module.parts) if module.core is None else canonical(module.core)
+    blocks = _Coordinates(module, core)
     return factors(core, collected(blocks, make(blocks)).double(), rank)
 
 
-def _small(module: Module, core: Core) -> Module:
-    """Write coordinates as a weight of its own, without what only rounding has put there."""
-    largest = core.middles.abs().max() if core.middles.numel() else 0.0
-    middles = torch.where(core.middles.abs() > SNAP * largest, core.middles, 0.0)
-    one = torch.eye(core.middles.shape[2])
-    return replace(
-        module,
-        parts=tuple(LowRank(m.float(), one) for m in middles),
-        kept=(None,) * len(module.parts),
-        core=None,
-        entries=None,
-    )
+class _Coordinates(Blocks):
+    """Coordinates as the differences of a small weight, without what only rounding has put there."""
+
+    def __init__(self, module: Module, core: Core) -> None:
+        largest = core.middles.abs().max() if core.middles.numel() else 0.0
+        self._values = torch.where(core.middles.abs() > SNAP * largest, core.middles, 0.0).float()
+        super().__init__(replace(module, kept=(None,) * len(module.parts), core=None, entries=None))
+        self.shape = core.middles.shape[1], core.middles.shape[2]
+        self.rows = max(1, self.shape[0])
+
+    def _block(self, start: int, stop: int) -> Tensor:
+        return self._values[:, start:stop].clone()  # rules write over what they are given
 
 
 # ---------------------------------------------------------------- what such methods share

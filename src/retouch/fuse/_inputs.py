@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,6 +62,12 @@ class Text:
         return stats.sequences(model, self.words, self.n_tokens, min(self.sequence_length, limit))
 
     @property
+    def key(self) -> dict[str, Any]:
+        """Name the text by its content."""
+        words = hashlib.sha256(self.words.encode()).hexdigest()
+        return {"text": words, "n_tokens": self.n_tokens, "sequence_length": self.sequence_length}
+
+    @property
     def words(self) -> str:
         """The text."""
         return stats.bundled_text() if self.text is None else self.text
@@ -75,10 +82,8 @@ def observe_inputs(model: Model, names: Sequence[str], text: Text) -> dict[str, 
     key = store.key(
         model=model.fingerprint,
         names=sorted(names),
-        text=hashlib.sha256(text.words.encode()).hexdigest(),
+        text=text.key,
         tokenizer=stats.tokenizer_key(model.tokenizer),
-        n_tokens=text.n_tokens,
-        sequence_length=text.sequence_length,
         format=1,
     )
     folder = store.cached("fuse-inputs", key, partial(_write, model, names, text))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import ctypes
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +21,7 @@ if TYPE_CHECKING:
     from .prune import PrunePlan
     from .train import LoraSettings
 
-__all__ = ["folded", "initial_a", "injected", "lora_layers", "targets_of"]
+__all__ = ["folded", "initial_a", "injected", "lean", "lora_layers", "targets_of"]
 
 _LINEAR = (
     "attention.query", "attention.key", "attention.value", "attention.qkv", "attention.out", "mlp.gate", "mlp.up",
@@ -121,6 +124,29 @@ def beginning(model: Model, settings: LoraSettings, initial: Mapping[str, Tensor
     return {name: initial[name] for name in names}
 
 
+# ---------------------------------------------------------------- memory
+
+_THRESHOLD, _SMALL, _USUAL = -3, 64 * 2**10, 32 * 2**20
+"""glibc's number for the size from which a block is the system's own, and two such sizes."""
+
+
+@contextmanager
+def lean(on: bool) -> Iterator[None]:
+    """Have glibc give every large block back as soon as it is freed; elsewhere nothing happens.
+
+    It otherwise keeps them in a heap that fragments: training a model of 130 million weights then took 1.6 times the
+    memory, and grew on.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if on and sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_THRESHOLD, _SMALL)
+    try:
+        yield
+    finally:
+        if mallopt is not None:
+            mallopt(_THRESHOLD, _USUAL)
+
+
 # ---------------------------------------------------------------- PEFT
 
 
@@ -143,7 +169,9 @@ def injected(model: Model, settings: LoraSettings, first: Mapping[str, Tensor]) 
         layer.lora_B["default"].to(torch.float32).weight.data.zero_()
         layer.lora_A["default"].weight.requires_grad_(not settings.freeze_a)
     if settings.checkpointing:
-        adapted.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        enable: Any = getattr(adapted, "activation_checkpointing_enable", None)
+        enable = enable or adapted.gradient_checkpointing_enable  # as transformers called it before
+        enable({"use_reentrant": False})
     return adapted.train()
 
 

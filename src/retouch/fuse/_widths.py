@@ -71,6 +71,12 @@ def by_block(
     n_kv = max(1, round((1 - ratio) * units.kv)) if costs.kv else units.kv
     while costs.kv and n_kv > 1 and n_blocks * (n_kv * costs.kv + quantum * costs.ff) > room:
         n_kv -= 1
+    while (
+        costs.kv and n_kv < units.kv and n_blocks * (n_kv * costs.kv + costs.block(units) - units.kv * costs.kv) < room
+    ):
+        if n_blocks * ((n_kv + 1) * costs.kv + quantum * costs.ff) > room:
+            break
+        n_kv += 1  # all neurons fit and room is left
     per_quantum = quantum * costs.ff
     n_quanta = max(int((room - n_blocks * n_kv * costs.kv) / per_quantum + 1e-9), n_blocks)
     each, more = divmod(n_quanta, n_blocks)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import stats
-from ..errors import RetouchError
+from ..errors import RetouchError, UserError
 from ..model import Model
 from ..progress import track
 from ._inputs import Inputs, Text
@@ -43,19 +43,21 @@ def aligned(
         plan: The plan; ``none`` cuts alone, ``bias`` adds what the missing inputs gave on average, ``lstsq`` also fits
             the kept columns, ``distil`` trains the blocks' weights.
         moments: What flows into ``attention.out`` and ``mlp.down``; by default it is measured over `text`.
-        text: Public text.
+        text: Public text, the plan's own; needed if that was not the corpus that ships with Retouch.
         n_steps: For ``distil``.
         learning_rate: For ``distil``.
         batch: Rows of a step, for ``distil``.
 
     Raises:
         WrongBase: The plan was made for another model.
+        UserError: `text` is not the plan's.
         RetouchError: Training diverged.
     """
-    units, small, text = check_plan(plan, model), pruned(model, plan), text or Text()
+    units, small = check_plan(plan, model), pruned(model, plan)
     cut = [b for b, kept in enumerate(plan.kept) if kept != units.whole]
     if plan.align == "none" or not cut:
         return replace(small, align=plan.align)
+    text = _text(plan, text)
     if plan.align == "distil":
         return replace(_distil(model, small, text, n_steps, learning_rate, batch), align="distil")
     if moments is None:
@@ -63,6 +65,15 @@ def aligned(
     if plan.align == "bias":
         return replace(with_bias(small, _biases(model, plan, units, cut, moments)), align="bias")
     return replace(_fitted(model, small, plan, units, cut, moments, text), align="lstsq")
+
+
+def _text(plan: PrunePlan, given: Text | None) -> Text:
+    """Return the text that the plan names, so that its hash covers what is done here."""
+    told = plan.settings
+    text = given or Text(n_tokens=told["n_tokens"], sequence_length=told["sequence_length"])
+    if text.key != {n: told[n] for n in text.key}:
+        raise UserError("This plan was made with another text, or another length of it; give aligned() the same text.")
+    return text
 
 
 def _sites(units: Units, plan: PrunePlan, cut: list[int]) -> list[tuple[str, Tensor]]:

@@ -210,11 +210,15 @@ class Ground:
         model: The base.
         selection: Questions by domain.
         moments: For each adapter the second moments (inputs, inputs) of what flows into each weight, if sent.
+        wording: Name of the template that the questions are asked with.
+        chat: Whether they are asked through the chat template.
     """
 
     model: Model
     selection: Mapping[str, Sequence[Question]] = field(default_factory=dict)
     moments: Sequence[Mapping[str, Any]] = ()
+    wording: str = "plain"
+    chat: bool = False
 
 
 @dataclass(frozen=True)
@@ -266,6 +270,8 @@ class FuseMethod(Settings, ABC):
     """Whether the result changes when an adapter's factors B, A are replaced by B G and the inverse of G times A."""
     resolvable: ClassVar[bool] = True
     """Whether a resolver may stand before the method: not where it fuses factors and not differences."""
+    chooses: ClassVar[bool] = False
+    """Whether the method chooses the weights, and so the scale, itself (`weigh`); `lam` is then not tuned."""
     needs: ClassVar[Literal["", "selection", "moments"]] = ""
     """What `Ground` must hold."""
 
@@ -286,6 +292,21 @@ class FuseMethod(Settings, ABC):
     def takes_entries(self) -> bool:
         """Whether the rule looks at single entries of the weight, so that a resolver of entries may stand before it."""
         return False
+
+    def weigh(
+        self, adapters: Sequence[Adapter], weights: Sequence[float], ground: Ground | None
+    ) -> tuple[Sequence[float], Mapping[str, Any]]:
+        """Choose the adapters' weights before anything is fused; most methods leave them as they are.
+
+        Args:
+            adapters: The adapters.
+            weights: Those given, summing to 1.
+            ground: What the choice may look at.
+
+        Returns:
+            The weights, of any sign, and what the fused change is to say of the choice.
+        """
+        return weights, {}
 
     @abstractmethod
     def fuse(self, module: Module) -> LowRank:

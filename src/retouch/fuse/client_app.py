@@ -21,7 +21,7 @@ from ._records import from_capabilities, from_upload, to_task
 from .edge import EdgeSpec, Sharing, capabilities, keep_package, perform
 from .train import read_examples
 
-__all__ = ["EDGES", "THREADS", "app", "of_node", "query", "train"]
+__all__ = ["EDGES", "THREADS", "app", "of_node", "query", "same_threads", "train"]
 
 EDGES = "RETOUCH_EDGES"
 """Names the file of a simulation's edges."""
@@ -40,16 +40,21 @@ def query(message: Message, context: Context) -> Message:
 @app.train("adapter")
 def train(message: Message, context: Context) -> Message:
     """Do a task and answer with what may leave the edge."""
-    import torch
-
     logging.basicConfig(level=logging.INFO)
-    if threads := os.environ.get(THREADS):
-        torch.set_num_threads(int(threads))
+    same_threads()
     spec, sharing = of_node(context.node_config)
     task, files = to_task(message.content)
     package = keep_package(task.package, files)
     upload = perform(task, package, read_examples(spec.examples), spec.name, sharing)
     return Message(from_upload(upload), reply_to=message)
+
+
+def same_threads() -> None:
+    """Compute with as many threads as the process that simulates, if one does."""
+    import torch
+
+    if threads := os.environ.get(THREADS):
+        torch.set_num_threads(int(threads))
 
 
 def of_node(config: Mapping[str, Any]) -> tuple[EdgeSpec, Sharing]:

@@ -347,16 +347,17 @@ class Cloud:
         small = open_pruned(assignment.package, device="cpu")
         tensors = dict(upload.tensors)
         if task.settings.freeze_a:
-            if odd := next((n for n in tensors if not n.endswith(".lora_B")), None):
-                raise StoreError(f"{where}: it holds {odd[:80]!r}, and A was frozen. Do not use it.")
+            if odd := [n for n in tensors if not n.endswith(".lora_B")]:
+                raise StoreError(f"{where}: it holds {odd[0][:80]!r}, and A was frozen. Do not use it.")
             tensors |= {f"{name}.lora_A": value for name, value in task.initial.items()}
         ranks = {name: task.settings.rank for name in task.initial}
         if (facts["modules"], facts["ranks"]) != (list(ranks), list(ranks.values())):
             raise StoreError(f"{where}: its list of weights or ranks is not what was agreed. Do not use it.")
         scales = {name: alpha / task.settings.rank for name, alpha in zip(ranks, facts["alphas"])}
-        parts = check_tensors(
+        found = check_tensors(
             assignment.name, tensors, shapes_of(small), ranks=ranks, scales=scales, norms=weight_norms(small)
         )
+        parts = {name: found[name] for name in ranks}  # messages keep no order
         count = facts["n_examples"]
         adapter = Adapter(
             assignment.name, parts, task.base, plan=task.plan, n_examples=int(count) if count.isdecimal() else None,

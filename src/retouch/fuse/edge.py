@@ -168,8 +168,8 @@ def keep_package(name: str, files: Mapping[str, bytes] | None) -> Path:
     if not _DIGEST.fullmatch(name):
         raise StoreError(f"A pruned model is named by 32 hexadecimal digits; got {name[:80]!r}. Do not use it.")
     if files is not None:
-        if odd := next((file for file in files if not _FILE.fullmatch(file)), None):
-            raise StoreError(f"The pruned model holds a file called {odd[:80]!r}, which none does. Do not use it.")
+        if odd := [file for file in files if not _FILE.fullmatch(file)]:
+            raise StoreError(f"The pruned model holds a file called {odd[0][:80]!r}, which none does. Do not use it.")
         if store.key(files={file: hashlib.sha256(data).hexdigest() for file, data in files.items()}) != name:
             raise StoreError(f"The pruned model that was sent is not {name[:12]}, which the task names. Do not use it.")
 

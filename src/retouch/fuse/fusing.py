@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from ..change import Change, LowRank
 from ..errors import UserError
 from ..progress import track
 from .base import Adapter, FuseMethod, Ground, Module, Resolver, modules, shares
-from .core import Core, Fused, canonical, coordinates, triples, within
+from .core import Core, Fused, spanned, triples, within
 from .coverage import corrected
 
 __all__ = ["plan", "resolved", "stream"]
@@ -41,15 +41,27 @@ def stream(
         UserError: The adapters do not belong together, the method needs what `ground` does not hold, or the resolver
             cannot stand before the method.
     """
+    chosen, _ = _weighed(method, adapters, weights, ground, resolver)
+    return _stream(method, adapters, chosen, ground, resolver)
+
+
+def _weighed(
+    method: FuseMethod,
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    ground: Ground | None,
+    resolver: Resolver | None,
+) -> tuple[Sequence[float], Mapping[str, Any]]:
+    """Check what was given, and let the method choose the weights."""
     if not adapters or len(adapters) != len(weights):
         raise UserError(f"{len(adapters)} adapters and {len(weights)} weights: give one weight for each adapter.")
     _check_ground(method, adapters, ground)
     if resolver is not None and not method.resolvable:
+        why = "chooses weights for the differences as they are" if method.chooses else "fuses factors, not differences"
         raise UserError(
-            f"{method.name} fuses factors, not differences, so no resolver can stand before it. "
-            f"Leave {resolver.name} out, or fuse by cat."
+            f"{method.name} {why}, so no resolver can stand before it. Leave {resolver.name} out, or fuse by cat."
         )
-    return _stream(method, adapters, weights, ground, resolver)
+    return method.weigh(adapters, weights, ground)
 
 
 def _stream(
@@ -73,7 +85,9 @@ def _stream(
 
 def _check_ground(method: FuseMethod, adapters: Sequence[Adapter], ground: Ground | None) -> None:
     if method.needs == "selection" and (ground is None or not ground.selection):
-        raise UserError(f"{method.name} needs questions of the selection split; none were given.")
+        raise UserError(
+            f"{method.name} needs questions of the selection split; none were given. Give the domains' questions (--data)."
+        )
     if method.needs == "moments" and (ground is None or len(ground.moments) != len(adapters)):
         got = 0 if ground is None else len(ground.moments)
         raise UserError(
@@ -112,7 +126,7 @@ def resolved(module: Module, method: FuseMethod, resolver: Resolver) -> Module:
     """
     entries = resolver.entries(module)
     if entries is None:
-        core = canonical(coordinates(module.parts))
+        core = spanned(module.parts)
         new = resolver.resolve(core, module)
         _check_core(new, module, resolver)
         return replace(module, parts=_parts(new), core=new, ranks=tuple(p.rank for p in module.parts))
@@ -176,11 +190,11 @@ def plan(
     Raises:
         UserError: As `stream`; or nothing is left of the adapters' differences.
     """
-    given = shares(adapters, weights)
+    given, choice = _weighed(method, adapters, shares(adapters, weights), ground, resolver)
     parts: dict[str, LowRank] = {}
     told: dict[str, dict[str, float]] = {}
     zero = []
-    for name, fused in stream(method, adapters, given, ground, resolver):
+    for name, fused in _stream(method, adapters, given, ground, resolver):
         if not (bool(fused.left.any()) and bool(fused.right.any())):
             zero.append(name)
             continue
@@ -191,7 +205,7 @@ def plan(
         raise UserError(
             f"Nothing is left after fusing {', '.join(a.name for a in adapters)} by {method.label}: every difference is 0."
         )
-    notes: dict[str, Any] = {"adapters": [a.name for a in adapters], "weights": list(given), **told}
+    notes: dict[str, Any] = {"adapters": [a.name for a in adapters], "weights": list(given), **told, **choice}
     if zero:
         notes["zero"] = zero
     if resolver is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -13,7 +12,7 @@ from ..change import LowRank
 from ..settings import setting
 from ._blocks import Blocks, Rule, averaged, collected, elected, trim
 from .base import FuseMethod, Module
-from .core import RANK_TOLERANCE
+from .core import outputs_of
 from .dare import dropped
 
 __all__ = ["Knots"]
@@ -57,7 +56,7 @@ class Knots(FuseMethod):
             sides = [(p.left.double(), p.right.double()) for p in module.parts]
         else:
             sides = [(module.core.left @ m, module.core.right) for m in module.core.middles]
-        shared = _outputs(sides)
+        shared = outputs_of(sides)
         turned = tuple(LowRank(_snapped(shared.T @ left).float(), right.float()) for left, right in sides)
         kept = tuple(k if k is not None and k.axis == "columns" else None for k in module.kept)
         blocks = Blocks(replace(module, parts=turned, kept=kept, core=None))
@@ -70,15 +69,6 @@ class Knots(FuseMethod):
             return lambda values, _: elected(trim(values, sizes), weights)
         density = self.density if self.rule == "dare" else 1.0
         return lambda values, row: averaged(dropped(blocks, values, row, density, self.seed), weights)
-
-
-def _outputs(sides: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Return the left singular vectors of all differences side by side, from factors: D_i = B_i T_i^T Q_i^T."""
-    wide = torch.cat([left @ torch.linalg.qr(right.T).R.T for left, right in sides], 1)
-    q, t = torch.linalg.qr(wide)
-    u, s, _ = torch.linalg.svd(t, full_matrices=False)
-    shared: Tensor = q @ u[:, s > RANK_TOLERANCE * s[:1]]
-    return shared
 
 
 def _snapped(left: Tensor) -> Tensor:

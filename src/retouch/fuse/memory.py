@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 __all__ = ["MIB", "RUNTIME_MIB", "Load", "Peak", "predicted"]
 
 MIB = 2**20
-RUNTIME_MIB = 350
-"""Interpreter, torch and tokenizer."""
+RUNTIME_MIB = 400
+"""Interpreter, torch, transformers, PEFT and tokenizer, on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def predicted(model: Model, units: Units, widths: Mapping[int, tuple[float, floa
 
     Source:
         Our own count: weights once; per adapter number its value, gradient and two moments of AdamW; what a block keeps
-        for the backward pass; logits of the answer and their gradient.
+        for the backward pass; the answers' log-probabilities and two gradients of their size.
 
     Args:
         model: The whole model.

@@ -148,8 +148,7 @@ def plan_prune(
     each = tuple(kept.get(b, units.whole) for b in range(model.anatomy.n_blocks))
     settings = {
         "budget_mib": budget_mib, "ratio": ratio, "n_first": n_first, "n_last": n_last, "second_order": second_order,
-        "load": vars(load), "text": store.key(text=text.words), "n_tokens": text.n_tokens,
-        "sequence_length": text.sequence_length,
+        "load": vars(load), **text.key,
     }  # fmt: skip
     peak, share = _outcome(model, units, blocks, each, load)
     return PrunePlan(

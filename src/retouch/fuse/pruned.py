@@ -155,7 +155,7 @@ def save_pruned(model: Model, plan: PrunePlan, folder: str | Path, *, dtype: str
         )
     record = {
         "format": FORMAT, "kind": "pruned", "plan": plan.hash, "base": plan.base, "align": plan.align, "dtype": dtype,
-        "tied": small.anatomy.tied, "widths": [[len(k.kv), len(k.ff)] for k in plan.kept], "source": small.source,
+        "tied": small.anatomy.tied, "widths": [[len(k.kv), len(k.ff)] for k in plan.kept],
         "versions": versions(),
     }  # fmt: skip
     tensors = {n: t.detach().to(getattr(torch, dtype)) for n, t in _stored(small.network).items()}
@@ -175,18 +175,21 @@ def _stored(network: nn.Module) -> dict[str, Tensor]:
     return parameters | buffers
 
 
-def open_pruned(folder: str | Path, *, device: str | None = None) -> PrunedModel:
+def open_pruned(folder: str | Path, *, device: str | None = None, dtype: str = "float32") -> PrunedModel:
     """Open a pruned model. Its memory is that of the small weights: the whole network is built without any.
 
     Args:
         folder: What `save_pruned` wrote.
         device: A torch device; by default the first accelerator, else the CPU.
+        dtype: Type of the weights in memory; ``"bfloat16"`` is for training alone.
 
     Raises:
-        StoreError: The folder is damaged, of another kind, or its weights do not fit the widths that it states.
+        StoreError: The folder is damaged, of another kind, `dtype` is unknown, or its weights do not fit the widths that it states.
         ModelError: The family is unknown.
     """
     folder = Path(folder)
+    if dtype not in _DTYPES:
+        raise StoreError(f"Weights are opened as {' or '.join(_DTYPES)}; got {dtype!r}.")
     store.check_folder(folder)
     record = _record(folder)
     with quiet():
@@ -195,7 +198,7 @@ def open_pruned(folder: str | Path, *, device: str | None = None) -> PrunedModel
     if record["tied"] and anatomy.has_head and not anatomy.tied:  # being built without memory has parted them
         _tie(network, anatomy)
         anatomy = anatomies.describe(network.config, network)
-    tensors = store.load_tensors(folder / _WEIGHTS)
+    tensors = {n: t.to(getattr(torch, dtype)) for n, t in store.load_tensors(folder / _WEIGHTS).items()}
     model = PrunedModel(
         network,
         tokenizer,
@@ -255,7 +258,7 @@ def _fill(
         expected = shapes.get(path)
         if expected is not None and tuple(tensor.shape) != expected:
             raise StoreError(f"{folder}: {path} is {tuple(tensor.shape)}, and the stated widths want {expected}.")
-        _put(network, path, tensor.float())
+        _put(network, path, tensor)
     if record["tied"]:
         _tie(network, model.anatomy)
     for block in range(model.anatomy.n_blocks):

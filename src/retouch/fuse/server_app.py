@@ -18,6 +18,7 @@ from .. import store
 from ..errors import RetouchError, StoreError
 from ..model import open_model
 from ._records import from_task, to_capabilities, to_upload
+from .client_app import same_threads
 from .cloud import Assignment, Cloud, Outcome, open_run
 from .edge import Capabilities, keep_package
 
@@ -42,6 +43,7 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Serve the run that lies in the folder which the run's configuration names."""
     logging.basicConfig(level=logging.INFO)
+    same_threads()
     folder = Path(str(context.run_config[FOLDER]))
     try:
         run, source = open_run(folder)

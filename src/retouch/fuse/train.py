@@ -25,7 +25,7 @@ from ..progress import report
 from ..settings import Settings, setting
 from ..trace import first_tensor
 from ._examples import Order, encoded, read_examples, rows_key
-from ._lora import beginning, folded, initial_a, injected
+from ._lora import beginning, folded, initial_a, injected, lean
 from .base import Adapter, Example
 
 __all__ = ["LoraSettings", "initial_a", "read_examples", "train"]
@@ -58,8 +58,11 @@ class LoraSettings(Settings):
     a_seed: int = setting(0, "Seed of A where edges share it.", ge=0)
     freeze_a: bool = setting(False, "Train B alone.")
     seed: int = setting(0, "Seed of the order of examples, dropout and an edge's own A.", ge=0)
-    dtype: Literal["float32", "bfloat16"] = setting("float32", "Type of the frozen weights.")
+    dtype: Literal["float32", "bfloat16"] = setting(
+        "float32", "Type of the frozen weights; to save memory, open them so."
+    )
     checkpointing: bool = setting(False, "Compute activations again in the backward pass, to save memory.")
+    lean: bool = setting(True, "Give freed memory back at once (glibc): the least memory, about a quarter slower.")
     save_every: int = setting(50, "Steps between two saved states.", ge=1)
 
 
@@ -100,7 +103,11 @@ def train(
     public = encoded(model, replay, settings.max_tokens) if replay else []
     first = beginning(model, settings, initial)
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), watched(model.device) as cost:  # the caller's generators stay
+    with (
+        torch.random.fork_rng(devices=devices),
+        lean(settings.lean),
+        watched(model.device) as cost,
+    ):  # the caller's generators stay
         course = _Course(model, settings, rows, public, first, Path(folder) if folder else None, name)
         course.run(math.inf if deadline_s is None else time.monotonic() + deadline_s)
         parts = folded(model, course.network, list(first), settings)

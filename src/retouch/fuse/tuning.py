@@ -97,7 +97,8 @@ def tune(
         n: How many selection instances there are.
         first: Instances for the first round.
         finalists: How many pairs of form and scale are judged on all.
-        lams: The scales of the first round, rising. When the best lies at an end, one more step is tried.
+        lams: The scales of the first round, rising. When the best lies at an end, one more step is tried. A method
+            that chooses its weights has chosen its scale, and is judged at 1 alone.
 
     Returns:
         The best; of equals the smaller scale.
@@ -107,6 +108,8 @@ def tune(
     """
     if n < 1 or not lams:
         raise UserError("Tuning needs selection instances and at least one scale.")
+    if all(form.chooses for form in forms.values()):
+        lams = (1.0,)
     some = list(range(min(first, n)))
     planned = {words: plan(dataclasses.replace(form, lam=1.0)) for words, form in forms.items()}
     tried: list[Tried] = []

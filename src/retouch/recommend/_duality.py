@@ -10,20 +10,20 @@ from __future__ import annotations
 import logging
 import math
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..bound import Multiplier
 from ..errors import RetouchError
 from ..progress import report
 from . import _training
 from ._draws import Asked, Epoch, Pool, balanced
+from ._plan import Plan, Recorded
 from ._watch import SILENT, Watch, activity_groups, means
 from .instruction import WEIGHTS, Instructions, Usage
 from .metrics import per_user, values
@@ -35,71 +35,13 @@ if TYPE_CHECKING:
     from .data import Interactions
     from .tokenise import Catalogue
 
-__all__ = ["Choice", "ConstraintKind", "Duality", "Plan", "Prices", "Recorded"]
+__all__ = ["Duality"]
 
 _log = logging.getLogger(__name__)
-
-ConstraintKind = Literal["slice", "batch", "fixed", "none"]
-Choice = Literal["feasible", "best"]
 
 REVIVE_STEPS = 100
 STUCK = 0.2
 """A price that stands at its maximum for this share of the steps means that the limit cannot be met."""
-
-
-@dataclass(frozen=True)
-class Prices:
-    """How the constraint's price begins and moves; see `retouch.bound.Multiplier`."""
-
-    limit: float
-    start: float
-    step: float
-    damping: float
-    maximum: float
-    smoothing: float
-
-    def make(self) -> Multiplier:
-        """Make the price of one group."""
-        return Multiplier(
-            self.limit, self.step, min(self.start, self.maximum), self.maximum, self.smoothing, damping=self.damping
-        )
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Numbers of a training, all settled."""
-
-    constraint: ConstraintKind
-    prices: Prices
-    choice: Choice
-    batch_size: int
-    n_epochs: int
-    patience: int
-    cuts_per_epoch: int
-    knowledge_dropout: float
-    learning_rate: float
-    learning_rate_new: float
-    warm_up_steps: int
-    weight_decay: float
-    clip: float
-    validation_beams: int
-    seed: int
-
-
-@dataclass
-class Recorded:
-    """How far a training is and what was seen, in numbers that JSON can hold."""
-
-    epoch: int = 0
-    step: int = 0
-    chosen_epoch: int = 0
-    chosen_ndcg: float = -1.0
-    chosen_harm: float = math.inf
-    chosen_is_feasible: bool = False
-    done: bool = False
-    seconds: float = 0.0
-    epochs: list[dict[str, Any]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
 
 
 class Duality:

@@ -15,7 +15,8 @@ from ..bound import upper_bound
 from ..model import Model
 from ._adaptor import FixedKnowledge
 from ._draws import LAGS, Asked, Pool, partners
-from ._duality import Duality, Plan, Prices
+from ._duality import Duality
+from ._plan import Plan, Prices
 from ._training import load_state
 from ._watch import Watch
 from .base import Run

@@ -85,7 +85,9 @@ class TitleCache:
     @property
     def used_mib(self) -> float:
         """How much memory the kept rows take."""
-        return 0.0 if self._pool is None else self._used * self._pool[0].numel() * self._pool.element_size() / 2**20
+        return (
+            0.0 if self._pool is None else (self._used - 1) * self._pool[0].numel() * self._pool.element_size() / 2**20
+        )
 
     def prepare(self, histories: Sequence[NDArray[np.int32]]) -> None:
         """Compute and keep what these histories need, longest first, as far as the memory goes."""
@@ -170,7 +172,9 @@ class TitleCache:
             one = computed[0, 0]
             n_rows = self.budget // (one.numel() * self.dtype.itemsize)
             # the system hands out pages when they are first written, so a large budget costs nothing before
-            self._pool = torch.empty((n_rows, *one.shape), dtype=self.dtype, device=computed.device)
+            self._pool = torch.empty((n_rows + 1, *one.shape), dtype=self.dtype, device=computed.device)
+            self._pool[0] = 0  # where padding points: a weight of zero does not help against what is not a number
+            self._used = 1
             if self._full(histories):
                 return
         for row, items in enumerate(histories):

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from ..errors import UserError
 
-__all__ = ["MOST_HISTORY", "MOST_K", "MOST_LISTED", "RUNGS", "Answer", "Filters", "Place", "Request", "Rung"]
+__all__ = ["MOST_HISTORY", "MOST_K", "MOST_LISTED", "RUNGS", "Answer", "Filters", "Place", "Request", "Rung", "shown"]
 
 Rung = Literal["fresh", "stale", "prototype", "reference", "popular"]
 RUNGS: tuple[Rung, ...] = ("fresh", "stale", "prototype", "reference", "popular")
@@ -74,9 +74,9 @@ class Request:
         if self.history is not None:
             object.__setattr__(self, "history", _texts("history", self.history, MOST_HISTORY))
         if not isinstance(self.k, int) or isinstance(self.k, bool) or not 1 <= self.k <= MOST_K:
-            raise UserError(f"k must be a whole number from 1 to {MOST_K}; got {_shown(self.k)}.")
+            raise UserError(f"k must be a whole number from 1 to {MOST_K}; got {shown(self.k)}.")
         if not isinstance(self.filters, Filters):
-            raise UserError(f"filters must be Filters; got {_shown(self.filters)}.")
+            raise UserError(f"filters must be Filters; got {shown(self.filters)}.")
         _boolean("explain", self.explain)
 
 
@@ -134,12 +134,12 @@ class Answer:
 
 def _boolean(where: str, value: object) -> None:
     if not isinstance(value, bool):
-        raise UserError(f"{where} must be true or false; got {_shown(value)}.")
+        raise UserError(f"{where} must be true or false; got {shown(value)}.")
 
 
 def _texts(where: str, values: object, most: int) -> tuple[str, ...]:
     if isinstance(values, str) or not isinstance(values, Sequence):
-        raise UserError(f"{where} must be a list of texts; got {_shown(values)}.")
+        raise UserError(f"{where} must be a list of texts; got {shown(values)}.")
     if len(values) > most:
         raise UserError(f"{where} may hold at most {most} ids; got {len(values)}. Send the latest ones.")
     for i, value in enumerate(values):
@@ -149,7 +149,7 @@ def _texts(where: str, values: object, most: int) -> tuple[str, ...]:
 
 def _text(where: str, value: object) -> None:
     if not isinstance(value, str):
-        raise UserError(f"{where} must be text; got {_shown(value)}. Ids are written in quotation marks.")
+        raise UserError(f"{where} must be text; got {shown(value)}. Ids are written in quotation marks.")
     if not 1 <= len(value) <= MOST_ID:
         raise UserError(f"{where} must have 1 to {MOST_ID} characters; got {len(value)}.")
     try:
@@ -158,7 +158,7 @@ def _text(where: str, value: object) -> None:
         raise UserError(f"{where} is no valid Unicode text: {value!r}.") from error
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """Show a value of the outside, short: a number may have a million digits."""
     if isinstance(value, int) and value.bit_length() > 64:
         return f"a number of {value.bit_length()} bits"

@@ -19,6 +19,7 @@ from ..change import versions
 from ..errors import StoreError, unknown
 from ..report import Report, Table
 from .base import Run
+from .bundle import save_bundle
 from .certificate import Certified, Terms, certify
 from .data import Interactions
 from .evaluate import Evaluation, compare, evaluate
@@ -26,6 +27,7 @@ from .evidence import collect, next_attempt, slice_key
 from .generator_fit import fit_reference
 from .health import Health, examine_catalogue, require
 from .lwgr import LWGR
+from .prototypes import fit_prototypes, on_prototypes
 from .reference import ReferenceSettings
 from .scorer import GenerativeScorer
 from .splits import Splits, split
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from ..model import Model
     from .fitted import PolicyScorer
     from .generator import Generator
+    from .prototypes import Prototypes
     from .tokenise import Fitted
 
 __all__ = ["STALE", "TOKENISERS", "Made", "Prepared", "Tokens", "fit", "prepare", "rungs"]
@@ -94,6 +97,8 @@ class Made:
         policy: The recommender with knowledge.
         certified: The certificate.
         evaluations: By name what was measured on test: ``reference``, ``policy``.
+        prototypes: What stands in for the knowledge of users who have no record.
+        llm: The language model.
     """
 
     prepared: Prepared
@@ -102,6 +107,20 @@ class Made:
     policy: PolicyScorer
     certified: Certified
     evaluations: Mapping[str, Evaluation]
+    prototypes: Prototypes | None = None
+    llm: Model | None = None
+
+    def save(self, path: str | Path) -> None:
+        """Write the bundle that nearline, servers and people open.
+
+        Raises:
+            StoreError: The folder cannot be written.
+        """
+        p = self.prepared
+        save_bundle(
+            path, data=p.data, splits=p.splits, catalogue=p.catalogue, tokeniser=p.tokeniser, reference=self.reference,
+            fitted=self.policy, certificate=self.certified, settings=self.settings, llm=self.llm, prototypes=self.prototypes,
+        )  # fmt: skip
 
     def report(self) -> Report:
         """Return it all for people and programs."""
@@ -176,7 +195,7 @@ def prepare(
     tokeniser, catalogue = _codes(place / f"tokens-{key[:12]}", tokens, vectors, first, data, seed)
     categories = [item.categories for item in data.items]
     health = examine_catalogue(
-        catalogue, residual_shares=getattr(tokeniser, "residual_shares", None), texts=[i.text for i in data.items],
+        catalogue, residual_shares=tokeniser.residual_shares(vectors), texts=[i.text for i in data.items],
         categories=categories if any(categories) else None,
     )  # fmt: skip
     require(health, tokens.force)
@@ -255,11 +274,16 @@ def fit(
     run = Run(p.data, p.splits, p.catalogue, p.folder, generator, llm, n_history, device)
     policy = method.fit(run)
     base = GenerativeScorer(generator, p.catalogue, p.data, beams=method.beams, full=method.full)
-    limit = method.settled().max_harm
-    found = collect(p.data, p.splits, base, rungs(policy), len(p.catalogue.sizes), compared=compared or {})
+    prototypes = fit_prototypes(policy, p.splits)
+    served = rungs(policy) | {"prototype": on_prototypes(policy, prototypes)}
+    settled = method.settled()
     looks = store.cache_dir() / "recommend" / "looks.json"
     looks.parent.mkdir(parents=True, exist_ok=True)
-    terms = Terms(limit, seed=p.splits.seed, attempt=next_attempt(looks, slice_key(p.data, p.splits)))
+    attempt = next_attempt(looks, slice_key(p.data, p.splits))  # counted before it happens
+    found = collect(
+        p.data, p.splits, base, served, len(p.catalogue.sizes), compared=compared or {}, salt=p.data.fingerprint
+    )
+    terms = Terms(settled.max_harm, settled.slack, seed=p.splits.seed, attempt=attempt)
     about = {
         "data": p.data.fingerprint, "holdout": p.splits.holdout, "how": p.splits.how, "roles_seed": p.splits.seed,
         "versions": versions(), "llm": None if llm is None else llm.fingerprint,
@@ -270,7 +294,7 @@ def fit(
     }  # fmt: skip
     both = {"reference": base, "policy": policy}
     evaluations = {name: evaluate(scorer, p.data, p.splits, n_history=n_history) for name, scorer in both.items()}
-    return Made(p, settings, generator, policy, certify(found, terms, about), evaluations)
+    return Made(p, settings, generator, policy, certify(found, terms, about), evaluations, prototypes, llm)
 
 
 def rungs(policy: PolicyScorer) -> dict[str, PolicyScorer]:

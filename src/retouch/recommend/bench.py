@@ -113,9 +113,10 @@ def _measured(p: Prepared, wanted: Bench, method: Recommender, given: Run, base:
     if isinstance(method, LWGR) and record:
         row["training"] = {k: v for k, v in record.items() if k not in ("history", "settings")}
     if wanted.filter_seen and hasattr(scorer, "filter_seen"):
+        fitted: Any = scorer
         hidden = evaluate(
-            replace(scorer, filter_seen=True), p.data, p.splits, seed=wanted.seed, n_history=wanted.n_history
-        )  # type: ignore[type-var]
+            replace(fitted, filter_seen=True), p.data, p.splits, seed=wanted.seed, n_history=wanted.n_history
+        )
         row["filtered"] = hidden.numbers
     return row
 

@@ -251,7 +251,8 @@ def _embedding_rms(model: Model) -> float:
     embed = network.get_input_embeddings()
     with torch.no_grad():
         ids = torch.arange(embed.weight.shape[0], device=model.device)
-        sizes = [embed(part).float().square().mean(-1).sqrt() for part in ids.split(8192)]
+        parts = [ids[i : i + 8192] for i in range(0, len(ids), 8192)]
+        sizes = [embed(part).float().square().mean(-1).sqrt() for part in parts]
     return float(torch.cat(sizes).mean())
 
 

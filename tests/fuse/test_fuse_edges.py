@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
 import stat
 import time
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 import fuse_edges
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, Metadata, RecordDict
+from flwr.app import Array, ConfigRecord, Context, Error, Message, Metadata, RecordDict
+from safetensors.torch import load, save
 
 from retouch import store
 from retouch.errors import RetouchError, StoreError, UserError
@@ -76,12 +78,12 @@ def test_upload_holds_the_list_and_nothing_else(model: Model, edges: list[EdgeSp
     reply = client_app.train(message(from_task(a.task, a.package)), context(edges[0]))
     assert set(reply.content) == {"facts", "factors"}
     assert set(reply.content["facts"]) == set(FACTS)
-    assert set(reply.content["factors"]) == {f"{n}.lora_{half}" for n in a.task.initial for half in "AB"}
+    upload = to_upload(reply.content, "law")
+    assert set(upload.tensors) == {f"{n}.lora_{half}" for n in a.task.initial for half in "AB"}
     texts = [w for e in read_examples(edges[0].examples) for w in (e.prompt, e.target)]
     told = json.dumps({k: v for k, v in reply.content["facts"].items()})
     blob = b"".join(array.data for array in reply.content["factors"].values())
     assert not any(t in told or t.encode() in blob for t in texts)
-    upload = to_upload(reply.content, "law")
     rank, shapes = 2, [t.shape for t in upload.tensors.values()]
     assert {t.dtype for t in upload.tensors.values()} <= {torch.float16, torch.float32}
     assert upload.n_bytes <= sum(4 * s[0] * s[1] for s in shapes) and all(rank in s for s in shapes)
@@ -241,9 +243,18 @@ def test_two_edges_of_one_name(model: Model, edges: list[EdgeSpec], tmp_path: Pa
 def hostile(content: RecordDict, kind: str) -> None:
     """Change an answer as a hostile or broken edge would."""
     facts, factors = content["facts"], content["factors"]
-    name = next(n for n in factors if n.endswith("lora_B"))
-    good = factors[name]
-    data = bytearray(good.data)
+    good = factors["safetensors"]
+    tensors = load(good.data)
+    name = next(n for n in tensors if n.endswith("lora_B"))
+
+    def packed(**changed: torch.Tensor | None) -> None:
+        new = {n: t for n, t in {**tensors, **changed}.items() if t is not None}
+        raw(save(new))
+
+    def raw(data: bytes, dtype: str = "uint8", kind: str = "safetensors") -> None:
+        factors["safetensors"] = Array(dtype, (len(data),), kind, data)
+
+    b = tensors[name]
     changes: dict[str, Any] = {
         "extra fact": lambda: facts.__setitem__("text", "private"),
         "no plan": lambda: facts.__delitem__("plan"),
@@ -253,15 +264,20 @@ def hostile(content: RecordDict, kind: str) -> None:
         "rank": lambda: facts.__setitem__("ranks", [3] * len(facts["ranks"])),
         "alpha": lambda: facts.__setitem__("alphas", [0.0] * len(facts["alphas"])),
         "count": lambda: facts.__setitem__("n_examples", "-5"),
-        "missing": lambda: factors.pop(name),
-        "extra tensor": lambda: factors.__setitem__("embed.lora_A", good),
-        "traversal": lambda: factors.__setitem__("../../x.lora_A", good),
-        "nan": lambda: factors.__setitem__(name, Array(good.dtype, good.shape, good.stype, b"\xff" * len(data))),
-        "pickle": lambda: factors.__setitem__(name, Array("object", good.shape, "pickle", bytes(data))),
-        "numpy": lambda: factors.__setitem__(name, Array(torch.zeros(good.shape))),
-        "short": lambda: factors.__setitem__(name, Array(good.dtype, good.shape, good.stype, bytes(data[:-2]))),
-        "huge": lambda: factors.__setitem__(name, Array(good.dtype, (1 << 40, 2), good.stype, bytes(data))),
-        "negative": lambda: factors.__setitem__(name, Array(good.dtype, (-2, -4), good.stype, bytes(data))),
+        "missing": lambda: packed(**{name: None}),
+        "extra tensor": lambda: packed(**{"embed.lora_A": b}),
+        "norm": lambda: packed(**{"model.norm.weight": b}),
+        "traversal": lambda: packed(**{"../../x.lora_A": b}),
+        "nan": lambda: packed(**{name: torch.full_like(b, float("nan"))}),
+        "wide": lambda: packed(**{name: torch.cat([b, b], 1)}),
+        "double": lambda: packed(**{name: b.double()}),
+        "pickle": lambda: raw(pickle.dumps(tensors)),
+        "numpy": lambda: factors.__setitem__("safetensors", Array(b.numpy())),
+        "many arrays": lambda: factors.__setitem__("more", Array(b.numpy())),
+        "short": lambda: raw(good.data[:-2]),
+        "long": lambda: raw(good.data + b"xx"),
+        "huge header": lambda: raw((1 << 50).to_bytes(8, "little") + good.data),
+        "empty": lambda: raw(b"x"),
         "extra record": lambda: content.__setitem__("notes", ConfigRecord({"text": "private"})),
         "no factors": lambda: content.pop("factors"),
     }
@@ -270,7 +286,8 @@ def hostile(content: RecordDict, kind: str) -> None:
 
 KINDS = [
     "extra fact", "no plan", "other plan", "other base", "other settings", "rank", "alpha", "count", "missing",
-    "extra tensor", "traversal", "nan", "pickle", "numpy", "short", "huge", "negative", "extra record", "no factors",
+    "extra tensor", "norm", "traversal", "nan", "wide", "double", "pickle", "numpy", "many arrays", "short", "long",
+    "huge header", "empty", "extra record", "no factors",
 ]  # fmt: skip
 
 
@@ -306,12 +323,6 @@ def test_impossible_capabilities(ratio: float) -> None:
 
     with pytest.raises(StoreError, match="none can have"):
         to_capabilities(from_capabilities(Capabilities("law", ratio=ratio)), "node 7")
-
-
-def test_records_hold_plain_arrays_only() -> None:
-    content = RecordDict({"facts": ConfigRecord({}), "factors": ArrayRecord({"x": Array("float64", (1,), "x", b"12345678")})})
-    with pytest.raises(StoreError, match="plain float16"):
-        to_upload(content, "law")
 
 
 # ---------------------------------------------------------------- journal

@@ -52,7 +52,7 @@ def test_deployment_gives_the_bits_of_the_loop_and_survives_losses(
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     base, edges = fuse_edges.base(tiny, tmp_path / "base"), fuse_edges.specs(tmp_path)
-    run = fuse_edges.run(min_edges=1, join_timeout_s=45.0, deadline_s=20.0, grace_s=10.0)
+    run = fuse_edges.run(min_edges=1, join_timeout_s=45.0, deadline_s=30.0, grace_s=60.0)
     alone = simulate(base, edges, run, tmp_path / "loop")
     keys = make_keys(tmp_path / "keys", ["localhost", "127.0.0.1"], [*fuse_edges.EDGES, "stranger"])
     deployment = Deployment(programs, tmp_path / "nodes", keys)

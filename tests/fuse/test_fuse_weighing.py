@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import math
 import random
 
 import pytest
@@ -60,12 +61,12 @@ def law(model):
 @pytest.fixture(scope="module")
 def film():
     """More questions, of which the base knows nothing."""
-    return [question("film", i) for i in range(16)]
+    return [question("film", i) for i in range(24)]
 
 
 def steps(model, *wanted):
     """A low-rank difference that makes each group's answers likelier by about its number."""
-    parts = {name: 0 for name in WEIGHTS}
+    parts = dict.fromkeys(WEIGHTS, 0)
     for rows, size in wanted:
         weights = [model.weight(name).requires_grad_(True) for name in WEIGHTS]
         mixture = Mixture([nothing(model)], grounds(model, {"all": rows}), 100, 0)
@@ -97,7 +98,7 @@ def make(name, **settings):
 
 @pytest.fixture(scope="module")
 def towards(model, film):
-    return steps(model, (film, 2.0))
+    return steps(model, (film, 0.5))
 
 
 # ---------------------------------------------------------------- adapters beside the base
@@ -112,7 +113,12 @@ def test_a_mixture_answers_as_the_fused_change_does(model, law, film):
         change = dict(stream(make("cat", coverage=False), given, w))
         total = {n: sum(x * p[n].delta() for x, p in zip(w, parts)) for n in WEIGHTS}
         assert all(torch.allclose(change[n].delta(), total[n], atol=1e-5) for n in WEIGHTS)
-        answers = asked(model, Change("cat", model.base_fingerprint, change), [Instance(0, (q,)) for q in (*law, *film)], wording=WORDING)
+        answers = asked(
+            model,
+            Change("cat", model.base_fingerprint, change),
+            [Instance(0, (q,)) for q in (*law, *film)],
+            wording=WORDING,
+        )
         assert found.cross_entropy == pytest.approx(-likelihoods(answers).mean(), abs=1e-4)
         right = {d: float(r.mean()) for d, r in right_by_domain(answers).items()}
         assert Mixture(given, ground, 100, 0).mean(found.right).tolist() == pytest.approx([right["law"], right["film"]])
@@ -131,9 +137,7 @@ def test_the_gradient_of_a_mixture_is_that_of_differences(model, law, film):
 
 
 def test_a_mixture_takes_so_many_questions_of_a_domain_whatever_their_order(model, law, film):
-    mixtures = [
-        Mixture([nothing(model)], grounds(model, {"law": own, "film": film}), 5, 0) for own in (law, law[::-1])
-    ]
+    mixtures = [Mixture([nothing(model)], grounds(model, {"law": own, "film": film}), 5, 0) for own in (law, law[::-1])]
     assert mixtures[0].sizes.tolist() == [5, 5]
     assert mixtures[0].ask(torch.ones(1)).cross_entropy == mixtures[1].ask(torch.ones(1)).cross_entropy
 
@@ -144,7 +148,7 @@ def test_a_mixture_of_an_encoder_and_of_too_large_adapters_is_refused(model, tin
         Mixture([nothing(bert)], grounds(bert, {"film": film}), 5, 0)
     with pytest.raises(UserError, match="no selection question"):
         Mixture([nothing(model)], grounds(model, {"film": []}), 5, 0)
-    huge = Mixture([adapter(model, "huge", towards, 1e38)], grounds(model, {"film": film}), 5, 0)
+    huge = Mixture([adapter(model, "huge", towards, math.inf)], grounds(model, {"film": film}), 5, 0)
     with pytest.raises(UserError, match="too large"):
         huge.ask(torch.ones(1))
 
@@ -155,7 +159,7 @@ def test_a_mixture_of_an_encoder_and_of_too_large_adapters_is_refused(model, tin
 @pytest.fixture(scope="module")
 def opposed(model, film, towards):
     """One adapter that leads to the answers and one that leads away."""
-    away = {n: LowRank(-p.left, p.right) for n, p in steps(model, (film[:8], 1.0)).items()}
+    away = {n: LowRank(-p.left, p.right) for n, p in steps(model, (film[:8], 0.3)).items()}
     return [adapter(model, "to", towards), adapter(model, "away", away)]
 
 
@@ -230,45 +234,42 @@ def test_a_method_that_chooses_its_weights_is_not_tuned(model, film, opposed):
 def costly(model, law, film):
     """An adapter that teaches film and takes law, and one that teaches a little of film alone."""
     return [
-        adapter(model, "costly", steps(model, (film, 3.0), (law, -2.0))),
-        adapter(model, "cheap", steps(model, (film, 0.5), (law, 0.5))),
+        adapter(model, "costly", steps(model, (film, 2.0), (law, -1.5))),
+        adapter(model, "cheap", steps(model, (film, 0.1))),
     ]
+
+
+def held(**settings):
+    return make("bounded", **{"max_drop": 0.1, "reference": "base", "n_steps": 40} | settings)
 
 
 def test_bounded_keeps_a_limit_that_the_best_weights_break(model, law, film, costly):
     ground = grounds(model, {"law": law, "film": film})
-    free = make("bounded", max_drop=1, harm=100, reference="base").plan(costly, ground=ground).notes
-    held = make("bounded", max_drop=0.1, reference="base").plan(costly, ground=ground).notes
-    assert free["weighing"]["drop"]["law"] > 0.1
-    assert not any(free["weighing"]["multipliers"].values())
-    assert free["weighing"]["paying_for"] is None
-    told = held["weighing"]
+    free = held(max_drop=1, harm=100, n_rounds=1).plan(costly, ground=ground).notes["weighing"]
+    assert free["drop"]["law"] > 0.1
+    assert not any(free["multipliers"].values())
+    assert free["paying_for"] is None
+    change = held().plan(costly, ground=ground)
+    told = change.notes["weighing"]
     assert told["holds_on_selection"]
     assert max(told["drop"].values()) <= 0.05
     assert all(told["harm"][d] <= told["harm_allowed"][d] for d in ("law", "film"))
-    assert told["cross_entropy"] > free["weighing"]["cross_entropy"]  # the bound has its price
+    assert told["cross_entropy"] > free["cross_entropy"]  # the bound has its price
     assert told["paying_for"] == "law" and told["multipliers"]["law"] > 0
     assert told["reference"] == {"law": "base", "film": "base"}
     assert "price" in told["meaning"]
-    json.dumps(held)
-
-
-def test_bounded_is_measured_on_the_change_that_it_gives(model, law, film, costly):
-    ground = grounds(model, {"law": law, "film": film})
-    change = make("bounded", max_drop=0.1, reference="base").plan(costly, ground=ground)
-    alone = [Instance(0, (q,)) for q in (*law, *film)]
+    json.dumps(change.notes)
+    alone = [Instance(0, (q,)) for q in (*law, *film)]  # and so says who asks the fused model
     before, after = (right_by_domain(asked(model, c, alone, wording=WORDING)) for c in (None, change))
-    for domain, drop in change.notes["weighing"]["drop"].items():
-        assert before[domain].mean() - after[domain].mean() == pytest.approx(drop)
+    for domain, drop in told["drop"].items():
+        assert before[domain].mean() - after[domain].mean() == pytest.approx(drop, abs=1e-6)
 
 
 def test_allowed_harms_are_halved_until_the_drop_is_small(model, law, film, costly):
-    ground = grounds(model, {"law": law, "film": film})
-    told = make("bounded", max_drop=0.1, harm=4.0, reference="base").plan(costly, ground=ground).notes["weighing"]
-    assert told["n_rounds"] > 1
-    assert told["harm_allowed"]["law"] < 4.0
-    assert told["harm_allowed"]["law"] == 4.0 / 2 ** round(torch.tensor(4.0 / told["harm_allowed"]["law"]).log2().item())
-    assert told["harm_allowed"]["film"] == 4.0  # nothing is lost there
+    told = held(harm=1.0).plan(costly, ground=grounds(model, {"law": law, "film": film})).notes["weighing"]
+    assert told["n_rounds"] == 2  # the first is stuck where the law is lost, the second begins nearer the base
+    assert told["harm_allowed"]["law"] == 0.5
+    assert told["harm"]["law"] <= 0.5 and told["holds_on_selection"]
 
 
 def test_bounded_says_where_no_weights_keep_the_limit(model, law, film, costly, caplog):

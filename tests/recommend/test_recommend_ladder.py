@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sqlite3
 
@@ -77,13 +78,14 @@ def test_without_a_certificate_or_refused_by_it_the_reference_answers(serves, he
 
 def test_a_store_that_is_down_is_counted_and_costs_no_answer(held, tmp_path):
     store = SQLite(tmp_path / "knowledge.db")
-    with sqlite3.connect(tmp_path / "knowledge.db") as broken:
+    with contextlib.closing(sqlite3.connect(tmp_path / "knowledge.db")) as broken:
         broken.execute("DROP TABLE records")
     alone = dataclasses.replace(held, certificate=certificate(("fresh", "stale")))
     ladder = Ladder(alone, store)
-    first = ladder.answer([Request("u", HISTORY)] * 3)
+    first = ladder.answer([Request("u", HISTORY)])
     assert first.store_errors == {"records": 1} and ladder.looker.resting
     assert ladder.answer([Request("u", HISTORY)]).store_errors == {}, "a store at rest is not asked"
+    assert len(ladder.answer([Request("u", HISTORY)] * 3).answers) == 3
     assert first.answers[0] == told(alone, None, Request(history=HISTORY))
     store.close()
 

@@ -46,13 +46,17 @@ def simulate(
     edge: Annotated[
         list[str] | None, typer.Option(help="NAME=EXAMPLES, with what it can hold: law=law.jsonl:ratio=0.4:rank=4.")
     ] = None,
-    demo: Annotated[bool, typer.Option("--demo", help="Three made-up sites, pruned differently; needs no data.")] = False,
+    demo: Annotated[
+        bool, typer.Option("--demo", help="Three made-up sites, pruned differently; needs no data.")
+    ] = False,
     engine: Annotated[str, typer.Option(help="local (a loop) or flower (messages between processes).")] = "local",
     method: _METHOD = "cat",
     how: _HOW = "",
     share: _SHARE = "",
     replay: _REPLAY = None,
-    out: Annotated[Path, typer.Option("-o", "--out", help="The run's folder; a run that was stopped goes on.")] = Path("edges"),
+    out: Annotated[Path, typer.Option("-o", "--out", help="The run's folder; a run that was stopped goes on.")] = Path(
+        "edges"
+    ),
     json_: _JSON = False,
 ) -> None:
     """Prune, train, recover and fuse with all edges on this machine. Training settings are flags: --rank 8 --epochs 3 …
@@ -170,13 +174,17 @@ def join(
 def submit(
     context: typer.Context,
     base: Annotated[str, typer.Argument(help="The whole model: a folder, a .gguf file, or smollm2.")],
-    address: Annotated[str, typer.Option(help="HOST:PORT that `fuse serve` listens on, on this machine.")] = "127.0.0.1:8000",
+    address: Annotated[
+        str, typer.Option(help="HOST:PORT that `fuse serve` listens on, on this machine.")
+    ] = "127.0.0.1:8000",
     key_folder: Annotated[Path | None, typer.Option("--keys", help="Folder cloud that `fuse keys` made.")] = None,
     folder: Annotated[Path, typer.Option(help="The folder of `fuse serve`.")] = Path("cloud"),
     method: _METHOD = "cat",
     how: _HOW = "",
     replay: _REPLAY = None,
-    out: Annotated[Path, typer.Option("-o", "--out", help="The run's folder; started again, only what is missing is asked for.")] = Path("run"),
+    out: Annotated[
+        Path, typer.Option("-o", "--out", help="The run's folder; started again, only what is missing is asked for.")
+    ] = Path("run"),
     json_: _JSON = False,
 ) -> None:
     """Ask all edges that have joined for an adapter, and fuse what comes. Training settings are flags.
@@ -231,7 +239,9 @@ def _edge(text: str) -> EdgeSpec:
         try:
             known[key] = kinds[key](value)
         except (KeyError, ValueError) as error:
-            raise UserError(f"--edge {text}: {word!r} is none of budget_mib=, ratio= and rank= with a number.") from error
+            raise UserError(
+                f"--edge {text}: {word!r} is none of budget_mib=, ratio= and rank= with a number."
+            ) from error
     if not given or not path:
         raise UserError(f"--edge {text}: write NAME=EXAMPLES, such as law=law.jsonl.")
     return EdgeSpec(check_name(name), Path(path), **known)

@@ -131,6 +131,239 @@ def fit(
         _show.say(f"Next: retouch recommend nearline {out} --store sqlite:knowledge.db --histories {data}")
 
 
+# ---------------------------------------------------------------- what a bundle does
+
+
+@app.command(context_settings=EXTRA)
+def nearline(
+    context: typer.Context,
+    bundle: _BUNDLE,
+    store: _STORE = "sqlite:knowledge.db",
+    histories: Annotated[
+        Path | None,
+        typer.Option(help="Who took what: any format of `recommend fit`, or JSON Lines; default: the store's."),
+    ] = None,
+    llm: Annotated[str, typer.Option(help="The language model; default: the one it was fitted with.")] = "",
+    watch: Annotated[bool, typer.Option("--watch", help="Go on for as long as histories change.")] = False,
+    activate: Annotated[
+        bool, typer.Option(help="Let servers read these records once enough users are covered.")
+    ] = True,
+    rollback: Annotated[bool, typer.Option("--rollback", help="Only let servers read what they read before.")] = False,
+    ray: Annotated[bool, typer.Option("--ray", help="Spread over a Ray cluster; the records are the same.")] = False,
+    json_: _JSON = False,
+) -> None:
+    """Ask the language model about every user who needs it, and write what it knows to a store. Interrupted, it goes on.
+
+    Example: retouch recommend nearline bundle --store sqlite:knowledge.db --histories ml-100k
+    """
+    from ..recommend import nearline as work
+    from ..recommend.bundle import open_bundle
+    from ..recommend.stores import open_store
+
+    settings = method_of(context, work.NearlineSettings)
+    kept = open_store(store)
+    if rollback:
+        _show.say(f"Servers read namespace {kept.rollback()[:12]} again.")
+        return
+    known = None if histories is None else work.read_histories(histories)
+    with _show.progress():
+        opened = open_bundle(bundle, knowledge=_language_model(bundle, llm))
+        if known is not None:
+            kept.put_histories(known)
+        if watch:
+            _watch(opened, kept, settings, activate)
+            return
+        users = known or _all_histories(kept)
+        mark = bundle.with_name(f"{bundle.name}.nearline.json")
+        done = work.refresh(
+            opened, kept, users, settings, checkpoint=mark, activate=activate, way="ray" if ray else "here"
+        )
+    if json_:
+        _show.emit({"store": store, "namespace": opened.fingerprint, "active": kept.active(), **done.to_dict()})
+        return
+    _show.say(_sentence(done))
+    active = kept.active() == opened.fingerprint
+    _show.say(f"Servers {'read' if active else 'do not yet read'} these records (namespace {opened.fingerprint[:12]}).")
+    _show.say(f"Next: retouch recommend serve {bundle} --store {store}")
+
+
+def _sentence(done: Any) -> str:
+    failed = f", {len(done.failed)} failed (first: {done.failed[0][1]})" if done.failed else ""
+    return (
+        f"{done.users:,} users: {done.written:,} asked, {done.memo:,} remembered, {done.unchanged:,} needed nothing, "
+        f"{done.empty:,} without a known item{failed}; {done.coverage:.1%} covered."
+    )
+
+
+def _all_histories(kept: Any) -> dict[str, Any]:
+    position = 0
+    found: dict[str, Any] = {}
+    while page := kept.changed(position, 10_000):
+        names = [user for _, user in page]
+        found |= {user: past for user, past in zip(names, kept.histories(names)) if past is not None}
+        position = page[-1][0]
+    return found
+
+
+def _watch(opened: Any, kept: Any, settings: Any, activate: bool) -> None:
+    import signal
+    import sys
+    import threading
+
+    from ..recommend.nearline import watch
+
+    stop = threading.Event()
+    for sign in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(sign, lambda *_: stop.set())
+    for done in watch(opened, kept, settings, stop=stop, activate=activate):
+        sys.stderr.write(f"{_sentence(done)}\n")
+
+
+def _language_model(bundle: Path, source: str) -> Model:
+    """Open the language model that a bundle was fitted with, or another copy of it."""
+    from ..errors import UserError
+    from ..model import open_model
+    from ..store import read_json
+
+    record = bundle / "retouch.json"
+    told = read_json(record).get("settings", {}).get("llm") if record.is_file() else None
+    if not (source or told):
+        raise UserError(f"{bundle} does not say which language model it was fitted with; name it with --llm.")
+    return open_model(source or str(told))
+
+
+@app.command()
+def serve(
+    bundle: _BUNDLE,
+    store: Annotated[str, typer.Option(help="sqlite:PATH or redis://HOST:PORT/NUMBER; empty: no knowledge.")] = "",
+    beside: Annotated[list[Path] | None, typer.Option(help="Bundles that take over when the store names them.")] = None,
+    host: Annotated[str, typer.Option(help="Where to listen; this machine alone by default.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Where to listen.")] = 8000,
+    workers: Annotated[int, typer.Option(help="Processes over one store.")] = 1,
+    token: Annotated[
+        Path | None, typer.Option(help="A file that holds what clients must send as bearer token.")
+    ] = None,
+    stock: Annotated[Path | None, typer.Option(help="A file of raw ids that nobody can have now, one a line.")] = None,
+) -> None:
+    """Answer requests over HTTP: POST /recommend, GET /health, /ready, /metrics; the API is described at /docs.
+
+    Example: retouch recommend serve bundle --store sqlite:knowledge.db --port 8000
+    """
+    import sys
+
+    from ..recommend.serve import run
+
+    sys.stderr.write(f"Serving {bundle} at http://{host}:{port} (Ctrl-C ends it; /docs describes the API).\n")
+    run(bundle, store, beside=beside or (), host=host, port=port, workers=workers, token=token, stock=stock)
+
+
+@app.command("for")
+def for_(
+    bundle: _BUNDLE,
+    history: Annotated[
+        str, typer.Option(help="Titles or ids of what was taken, oldest first, semicolons between.")
+    ] = "",
+    user: Annotated[str, typer.Option(help="A user of the store.")] = "",
+    store: Annotated[str, typer.Option(help="sqlite:PATH or redis://HOST:PORT/NUMBER.")] = "",
+    item: Annotated[str, typer.Option(help="Only show this item's codes.")] = "",
+    k: Annotated[int, typer.Option("-k", help="How many items.")] = 10,
+    explain: Annotated[bool, typer.Option("--explain", help="Say why, for the first items.")] = False,
+    knowledge: Annotated[
+        str, typer.Option(help="now: ask the language model here; stored: what the store holds.")
+    ] = "stored",
+    llm: Annotated[str, typer.Option(help="The language model; default: the one it was fitted with.")] = "",
+    json_: _JSON = False,
+) -> None:
+    """Recommend for one history, with reasons; no user needs to be known.
+
+    Example: retouch recommend for bundle --history "Toy Story; Fargo" --explain
+    """
+    from ..recommend.bundle import open_bundle
+    from ..recommend.personal import answer_for, codes_of
+
+    one_of("knowledge", knowledge, ("now", "stored"))
+    asks = knowledge == "now" and not item
+    with _show.progress():
+        opened = open_bundle(bundle, knowledge=_language_model(bundle, llm) if asks else None)
+        if item:
+            found, codes = codes_of(opened, item)
+            if json_:
+                _show.emit({"id": found.id, "title": found.title, "text": found.text, "codes": list(codes)})
+            else:
+                _show.say(f"{found.title} (id {found.id}): codes {' '.join(map(str, codes))}")
+            return
+        answer = answer_for(opened, history, user, store, k=k, explain=explain, ask=asks)
+    if json_:
+        _show.emit(answer.to_dict())
+        return
+    _show.table(f"For this history ({answer.rung})", ["", "title", "id", "score"],
+                [[i, p.title, p.id, p.score] for i, p in enumerate(answer.items, 1)])  # fmt: skip
+    if answer.note:
+        _show.say(answer.note, "yellow")
+    for reason in answer.reasons:
+        _show.say(str(reason["sentence"]))
+
+
+@app.command()
+def evaluate(
+    bundle: Annotated[Path | None, typer.Argument(help="What `recommend fit` wrote.")] = None,
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Compute the certificate again from its arrays.")
+    ] = False,
+    check_table: Annotated[
+        Path | None, typer.Option(help="A JSON or CSV of published numbers: say which are impossible.")
+    ] = None,
+    window: Annotated[
+        Path | None, typer.Option(help="Fresh histories: certify what is served on their last items.")
+    ] = None,
+    max_harm: Annotated[float | None, typer.Option(help="Limit for --window; default: the bundle's own.")] = None,
+    llm: Annotated[str, typer.Option(help="The language model; default: the one it was fitted with.")] = "",
+    json_: _JSON = False,
+) -> None:
+    """Show a bundle's certificate and results, compute them again, or check somebody's table.
+
+    Example: retouch recommend evaluate bundle --recompute
+    """
+    from ..errors import UserError
+
+    if check_table is not None:
+        from ..recommend.evaluate import check_table as check
+
+        broken = check(check_table)
+        if json_:
+            _show.emit({"table": str(check_table), "impossible": broken})
+        else:
+            _show.say("\n".join(broken) if broken else "All rows are possible with one right item a user.")
+        raise typer.Exit(2 if broken else 0)
+    if bundle is None:
+        raise UserError("Name a bundle, or a table with --check-table.")
+    from ..recommend.certificate import Certified, require
+    from ..store import check_folder
+
+    check_folder(bundle)
+    if window is not None:
+        from ..recommend.bundle import open_bundle
+        from ..recommend.personal import certify_on
+
+        with _show.progress():
+            certified = certify_on(open_bundle(bundle, knowledge=_language_model(bundle, llm)), window, max_harm)
+    else:
+        certified = Certified.load(bundle)  # proves that the arrays give the numbers
+    if json_:
+        _show.emit(certified.to_dict())
+    else:
+        _show.say(certified.sentence())
+        table = certified.table()
+        _show.table(table.title, list(table.columns), [list(row) for row in table.rows])
+        if recompute:
+            _show.say("Computed again from the arrays: equal.")
+    if window is not None:
+        require(certified)
+
+
+# ---------------------------------------------------------------- reading what was asked
+
+
 def read(
     path: Path, format: str, user: str, item: str, time: str, text: str, titles: Path | None, min_rating: float | None,
     min_count: int, allow_missing_text: bool,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,50 +14,47 @@ from torch import Tensor
 
 from .. import store
 from ..errors import StoreError
+from ._folder import exactly
+from ._header import read_header
 from .base import Example
 from .edge import Capabilities, Task, Upload, settings_of
 
 if TYPE_CHECKING:
     from flwr.app import ArrayRecord, RecordDict
 
-RAW = "retouch.raw"
-"""How our arrays are serialised: their bytes, nothing else, so that reading them runs no parser."""
-_DTYPES = {"float32": torch.float32, "float16": torch.float16}
-_ITEM = {"float32": 4, "float16": 2}
+RAW = "bytes"
+PACKED = "safetensors"
+"""How our arrays are serialised. All factors travel as one array: one request instead of some for each weight."""
+_DTYPES = {"F32": torch.float32, "F16": torch.float16}
 
 
 # ---------------------------------------------------------------- arrays
 
 
-def _arrays(tensors: Mapping[str, Tensor]) -> ArrayRecord:
+def _packed(tensors: Mapping[str, Tensor]) -> ArrayRecord:
     from flwr.app import Array, ArrayRecord
+    from safetensors.torch import save
 
-    return ArrayRecord(
-        {
-            name: Array(str(t.dtype).removeprefix("torch."), tuple(t.shape), RAW, t.detach().cpu().contiguous().numpy().tobytes())
-            for name, t in tensors.items()
-        }
-    )  # fmt: skip
+    data = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
+    return ArrayRecord({PACKED: Array("uint8", (len(data),), PACKED, data)})
 
 
-def _tensors(record: Any, where: str) -> dict[str, Tensor]:
-    return {str(name): _tensor(record[name], str(name)[:80], where) for name in record}
-
-
-def _tensor(array: Any, name: str, where: str) -> Tensor:
-    shape, size = array.shape, _ITEM.get(array.dtype)
-    fits = (
-        array.stype == RAW
-        and size is not None
-        and 1 <= len(shape) <= 2
-        and all(type(n) is int and n > 0 for n in shape)
-    )
-    if not fits or math.prod(shape) * (size or 0) != len(array.data):
-        raise StoreError(
-            f"{where}: {name!r} says {str(array.dtype)[:20]!r}, {str(shape)[:40]} and {str(array.stype)[:20]!r}, and holds "
-            f"{len(array.data):,} bytes; plain float16 or float32 is expected. Do not use it."
-        )
-    return torch.frombuffer(bytearray(array.data), dtype=_DTYPES[array.dtype]).reshape(shape)
+def _unpacked(record: Any, where: str) -> dict[str, Tensor]:
+    """Read factors by the header that must account for every byte."""
+    array = record[PACKED] if list(record) == [PACKED] else None
+    if array is None or (array.dtype, array.stype) != ("uint8", PACKED):
+        raise StoreError(f"{where} does not hold its factors as one array of {PACKED}. Update whoever sent it.")
+    place = Path(where)
+    with tempfile.TemporaryFile(buffering=0) as file:
+        file.write(array.data)
+        entries = read_header(file, place)
+        found = {}
+        for name, entry in entries.items():
+            if entry.dtype not in _DTYPES or not 1 <= len(entry.shape) <= 2 or 0 in entry.shape:
+                raise StoreError(f"{where}: {name[:80]!r} is {entry.dtype} {entry.shape}; float16 or float32 is expected.")
+            data = exactly(file, entry.start, entry.end - entry.start, place)
+            found[name] = torch.frombuffer(data, dtype=_DTYPES[entry.dtype]).reshape(entry.shape)
+    return found
 
 
 def _record(content: RecordDict, name: str, kind: str, where: str) -> Any:
@@ -120,7 +118,7 @@ def from_task(task: Task, package: Path | None) -> RecordDict:
         "settings": json.dumps(task.settings.to_dict()), "deadline_s": float(task.deadline_s or 0),
         "replay": json.dumps([[e.prompt, e.target] for e in task.replay]),
     }  # fmt: skip
-    content = RecordDict({"task": ConfigRecord(plain), "initial": _arrays(task.initial)})
+    content = RecordDict({"task": ConfigRecord(plain), "initial": _packed(task.initial)})
     if package is not None:
         files = {name: (package / name).read_bytes() for name in store.check_folder(package)["files"]}
         content["package"] = ArrayRecord({n: Array("uint8", (len(d),), RAW, d) for n, d in files.items()})
@@ -135,7 +133,7 @@ def to_task(content: RecordDict) -> tuple[Task, dict[str, bytes] | None]:
     """
     where = "the task from the cloud"
     record = _record(content, "task", "ConfigRecord", where)
-    initial = _tensors(_record(content, "initial", "ArrayRecord", where), where)
+    initial = _unpacked(_record(content, "initial", "ArrayRecord", where), where)
     try:
         replay = tuple(Example(str(p), str(t)) for p, t in json.loads(record["replay"]))
         settings = settings_of(json.loads(record["settings"]))
@@ -161,7 +159,7 @@ def from_upload(upload: Upload) -> RecordDict:
     """Write what leaves an edge."""
     from flwr.app import ConfigRecord, RecordDict
 
-    return RecordDict({"facts": ConfigRecord(dict(upload.facts)), "factors": _arrays(upload.tensors)})
+    return RecordDict({"facts": ConfigRecord(dict(upload.facts)), "factors": _packed(upload.tensors)})
 
 
 def to_upload(content: RecordDict, where: str) -> Upload:
@@ -173,4 +171,4 @@ def to_upload(content: RecordDict, where: str) -> Upload:
     if extra := sorted(set(content) - {"facts", "factors"}):
         raise StoreError(f"{where} also holds {str(extra[0])[:80]!r}. Do not use it.")
     facts = _record(content, "facts", "ConfigRecord", where)
-    return Upload(_tensors(_record(content, "factors", "ArrayRecord", where), where), {str(k): facts[k] for k in facts})
+    return Upload(_unpacked(_record(content, "factors", "ArrayRecord", where), where), {str(k): facts[k] for k in facts})

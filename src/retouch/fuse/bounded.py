@@ -90,14 +90,17 @@ class Bounded(Cat):
         assert ground is not None
         mixture = Mixture(adapters, ground, self.n_questions, self.seed)
         against = _References(mixture, [a.name for a in adapters], self.reference)
-        limits = [self.harm] * len(mixture.domains)
+        start, limits, prices = list(weights), [self.harm] * len(mixture.domains), [0.0] * len(mixture.domains)
         rounds: list[_Round] = []
-        for number in range(self.n_rounds):
-            rounds.append(self._round(mixture, against, weights, limits, number))
+        for _ in range(self.n_rounds):
+            report("weighing adapters", len(rounds), self.n_rounds)
+            rounds.append(self._round(mixture, against, start, limits, prices))
             lost = [drop > self.max_drop / 2 for drop in rounds[-1].best.drops]
             if not any(lost):
                 break
             limits = [limit / 2 if too_much else limit for limit, too_much in zip(limits, lost)]
+            if rounds[-1].exceeded:  # stuck where every small step harms: begin nearer the base, at the price learnt
+                start, prices = [w / 4 for w in start], list(rounds[-1].prices)
         chosen = min(rounds, key=lambda r: max(self.max_drop / 2, *r.best.drops))  # of equals the first: the loosest
         holds = max(chosen.best.drops) <= self.max_drop / 2
         if not holds:
@@ -109,12 +112,13 @@ class Bounded(Cat):
         return chosen.best.weights, {"weighing": self._told(mixture, against, chosen, len(rounds), holds)}
 
     def _round(
-        self, mixture: Mixture, against: _References, start: Sequence[float], limits: Sequence[float], number: int
-    ) -> _Round:
+        self, mixture: Mixture, against: _References, start: Sequence[float], limits: Sequence[float],
+        values: Sequence[float],
+    ) -> _Round:  # fmt: skip
         """Go down by Adam while the multipliers go up; return the best point on the way."""
         w = torch.tensor([min(self.box, x) for x in start], dtype=torch.float64, requires_grad=True)
         optimizer = torch.optim.Adam([w], lr=self.learning_rate)
-        prices = [Multiplier(limit, self.price_step) for limit in limits]
+        prices = [Multiplier(limit, self.price_step, value) for limit, value in zip(limits, values)]
         share, n = 1 / mixture.sizes, len(mixture.domain)
 
         def loss(rows: Tensor, likely: Tensor) -> Tensor:
@@ -124,7 +128,6 @@ class Bounded(Cat):
 
         points = []
         for step in range(self.n_steps + 1):
-            report("weighing adapters", number * self.n_steps + step, self.n_rounds * self.n_steps)
             optimizer.zero_grad()
             last = step == self.n_steps
             points.append(against.point(w, mixture.ask(w.detach() if last else w, None if last else loss)))
@@ -172,6 +175,11 @@ class _Round:
     best: _Point
     limits: tuple[float, ...]
     prices: tuple[float, ...]
+
+    @property
+    def exceeded(self) -> bool:
+        """Whether no point on the way was within all bounds."""
+        return self.best.rank(self.limits)[0] > 0
 
 
 class _References:

@@ -27,6 +27,8 @@ __all__ = ["app", "main", "serve_run", "take", "told_error"]
 FOLDER = "retouch-folder"
 ERROR = "error.json"
 _QUERY_S = 120.0
+_LATE_S = 600.0
+"""How long after the last moment an answer can still be seen and called late."""
 _log = logging.getLogger("retouch")
 _ERRORS = {
     1: "it could not load the app. Install the same version of Retouch there",
@@ -118,7 +120,7 @@ def _send(
         if cloud.run.shared_cache or assignment.task.package in edges[node].cached:
             package = None
         content = from_task(assignment.task, package)
-        message = Message(content, node, "train.adapter", ttl=how.deadline_s + how.grace_s)
+        message = Message(content, node, "train.adapter", ttl=how.deadline_s + how.grace_s + _LATE_S)
         (name,) = grid.push_messages([message])
         sent[name] = assignment
         _log.info("%s was sent its task%s", assignment.name, "" if package is None else " and its pruned model")

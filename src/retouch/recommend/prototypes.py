@@ -130,7 +130,7 @@ class Prototypes:
         arrays: dict[str, NDArray[np.generic]] = {"books": self.books, "sizes": self.sizes}
         arrays |= {f"keys.{level}": keys for level, keys in enumerate(self.keys)}
         arrays |= {f"means.{level}": means for level, means in enumerate(self.means)}
-        store.save_tensors(path, {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()})
+        store.save_tensors(path, {name: _tensor(array) for name, array in arrays.items()})
 
     @classmethod
     def load(cls, path: str | Path) -> Prototypes:
@@ -146,6 +146,11 @@ class Prototypes:
             raise StoreError(f"{path} holds no prototypes that fit together. Make the bundle again.")
         keys = tuple(arrays[f"keys.{i}"] for i in range(n))
         return cls(arrays["books"], arrays["sizes"], keys, tuple(arrays[f"means.{i}"] for i in range(n + 1)))
+
+
+def _tensor(array: NDArray[np.generic]) -> Tensor:
+    made: Tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return made if array.size else made.new_empty(made.shape)  # an empty array's strides are 0, which no file takes
 
 
 def _check(codes: NDArray[np.integer], residuals: Floats, sizes: tuple[int, ...]) -> None:

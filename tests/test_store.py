@@ -893,3 +893,12 @@ def test_importing_the_store_does_not_load_torch():
 
 if __name__ == "__main__":
     sys.stdout.write(json.dumps(globals()[sys.argv[1]](*sys.argv[2:])))
+
+
+def test_an_empty_array_of_numpy_is_saved(tmp_path):
+    import numpy as np
+    import torch
+
+    empty = torch.from_numpy(np.broadcast_to(np.float32(0), (0,)).copy()[:0])
+    store.save_tensors(tmp_path / "t.safetensors", {"none": empty, "grid": torch.zeros(0, 3)})
+    assert store.load_tensors(tmp_path / "t.safetensors")["grid"].shape == (0, 3)

@@ -92,7 +92,7 @@ def _raw(tensor: Tensor) -> memoryview:
     import torch
 
     flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")  # an empty one may have stride 0
 
 
 def key(**parts: object) -> str:

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from retouch.fuse.cloud import Run, RunSettings
 from retouch.fuse.edge import EdgeSpec
+from retouch.fuse.runs import Run, RunSettings
 from retouch.fuse.train import LoraSettings
 from retouch.model import quiet
 

@@ -19,7 +19,7 @@ from retouch.errors import RetouchError, StoreError, UserError
 from retouch.fuse import client_app, server_app
 from retouch.fuse._records import from_task, from_upload, to_capabilities, to_task, to_upload
 from retouch.fuse.adapter_file import open_adapter
-from retouch.fuse.cloud import Assignment, Cloud, open_run, save_run
+from retouch.fuse.cloud import Assignment, Cloud
 from retouch.fuse.edge import (
     FACTS,
     Capabilities,
@@ -36,6 +36,7 @@ from retouch.fuse.journal import Entry, Journal
 from retouch.fuse.keys import make_keys
 from retouch.fuse.membership import membership
 from retouch.fuse.privacy import epsilon_of, released
+from retouch.fuse.runs import open_run, save_run
 from retouch.fuse.simulate import simulate
 from retouch.fuse.train import read_examples
 from retouch.model import Model, open_model
@@ -81,7 +82,7 @@ def test_upload_holds_the_list_and_nothing_else(model: Model, edges: list[EdgeSp
     upload = to_upload(reply.content, "law")
     assert set(upload.tensors) == {f"{n}.lora_{half}" for n in a.task.initial for half in "AB"}
     texts = [w for e in read_examples(edges[0].examples) for w in (e.prompt, e.target)]
-    told = json.dumps({k: v for k, v in reply.content["facts"].items()})
+    told = json.dumps(dict(reply.content["facts"].items()))
     blob = b"".join(array.data for array in reply.content["factors"].values())
     assert not any(t in told or t.encode() in blob for t in texts)
     rank, shapes = 2, [t.shape for t in upload.tensors.values()]
@@ -176,7 +177,9 @@ def test_answer_is_given_again_without_training(model: Model, edges: list[EdgeSp
 # ---------------------------------------------------------------- a whole run in one process
 
 
-def test_edges_train_and_fuse_and_a_second_start_only_fuses(model: Model, edges: list[EdgeSpec], tmp_path: Path) -> None:
+def test_edges_train_and_fuse_and_a_second_start_only_fuses(
+    model: Model, edges: list[EdgeSpec], tmp_path: Path
+) -> None:
     from retouch import progress
 
     out = tmp_path / "run"
@@ -221,16 +224,14 @@ def test_deadline_gives_a_partial_adapter_that_goes_on(model: Model, edges: list
 def test_run_survives_its_file(tmp_path: Path) -> None:
     from retouch import registry
 
-    run = dataclasses.replace(
-        fuse_edges.run(quorum=0.7), method=registry.make("fuse", "ties", density=0.5), replay=()
-    )
+    run = dataclasses.replace(fuse_edges.run(quorum=0.7), method=registry.make("fuse", "ties", density=0.5), replay=())
     save_run(run, "base", tmp_path)
     again, model = open_run(tmp_path)
     assert (again.settings, again.lora, again.method, model) == (run.settings, run.lora, run.method, "base")
 
 
 def test_two_edges_of_one_name(model: Model, edges: list[EdgeSpec], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="two edges|Two edges"):
+    with pytest.raises(UserError, match="Two edges"):
         started(model, [edges[0], edges[0]], tmp_path / "run")
     for name in ("", "../law", "a/b", "x" * 65, ".law"):
         with pytest.raises(UserError, match="Rename it"):
@@ -265,9 +266,9 @@ def hostile(content: RecordDict, kind: str) -> None:
         "alpha": lambda: facts.__setitem__("alphas", [0.0] * len(facts["alphas"])),
         "count": lambda: facts.__setitem__("n_examples", "-5"),
         "missing": lambda: packed(**{name: None}),
-        "extra tensor": lambda: packed(**{"embed.lora_A": b}),
-        "norm": lambda: packed(**{"model.norm.weight": b}),
-        "traversal": lambda: packed(**{"../../x.lora_A": b}),
+        "extra tensor": lambda: packed(**{"embed.lora_A": b.clone()}),
+        "norm": lambda: packed(**{"model.norm.weight": b.clone()}),
+        "traversal": lambda: packed(**{"../../x.lora_A": b.clone()}),
         "nan": lambda: packed(**{name: torch.full_like(b, float("nan"))}),
         "wide": lambda: packed(**{name: torch.cat([b, b], 1)}),
         "double": lambda: packed(**{name: b.double()}),
@@ -308,7 +309,9 @@ def test_bad_replies_are_refused_and_journalled(model: Model, edges: list[EdgeSp
     assert cloud.journal.entries()[-1].state == "received"
 
 
-@pytest.mark.parametrize(("code", "words"), [(5, "Start the node again"), (8, "smaller budget"), (2, "log of its node")])
+@pytest.mark.parametrize(
+    ("code", "words"), [(5, "Start the node again"), (8, "smaller budget"), (2, "log of its node")]
+)
 def test_errors_become_sentences(model: Model, edges: list[EdgeSpec], tmp_path: Path, code: int, words: str) -> None:
     cloud, a = started(model, edges, tmp_path / "run", min_edges=1)
     reply = Message(Error(code, "Traceback\n  here\nValueError: no"), reply_to=message(RecordDict()))
@@ -396,7 +399,9 @@ def test_epsilon_is_that_of_the_gaussian_mechanism(noise: float, delta: float) -
     from scipy.stats import norm
 
     epsilon, d = epsilon_of(noise, delta), 2 / noise
-    curve = norm.cdf(d / 2 - epsilon / d) - float(torch.tensor(epsilon, dtype=torch.float64).exp()) * norm.cdf(-d / 2 - epsilon / d)
+    curve = norm.cdf(d / 2 - epsilon / d) - float(torch.tensor(epsilon, dtype=torch.float64).exp()) * norm.cdf(
+        -d / 2 - epsilon / d
+    )
     assert curve == pytest.approx(delta, rel=1e-3)
     assert epsilon_of(2 * noise, delta) < epsilon
 

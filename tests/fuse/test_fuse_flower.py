@@ -36,7 +36,9 @@ class Deployment:
 
     def __init__(self, programs: Programs, folder: Path, keys: Keys) -> None:
         self.programs, self.folder, self.keys = programs, folder, keys
-        self.link, self.cloud = serve(programs, folder / "cloud", port=free_port(), keys=keys.cloud, more=self._own("cloud"))
+        self.link, self.cloud = serve(
+            programs, folder / "cloud", port=free_port(), keys=keys.cloud, more=self._own("cloud")
+        )
 
     def _own(self, name: str) -> dict[str, str]:
         return {"RETOUCH_CACHE": str(self.folder / name / "cache"), "OMP_NUM_THREADS": "1"}
@@ -105,6 +107,8 @@ def test_programs_are_stopped_with_their_children(tmp_path: Path) -> None:
         assert len(program.left()) == 2
     assert program.left() == [] and not program.running
     with Programs() as started:
-        broken = started.start("Broken", [sys.executable, "-c", "raise SystemExit('no such port')"], {}, tmp_path / "why")
+        broken = started.start(
+            "Broken", [sys.executable, "-c", "raise SystemExit('no such port')"], {}, tmp_path / "why"
+        )
         with pytest.raises(RetouchError, match="no such port"):
             broken.wait_until(lambda: False, 30, "never")

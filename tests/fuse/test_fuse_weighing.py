@@ -274,8 +274,8 @@ def test_allowed_harms_are_halved_until_the_drop_is_small(model, law, film, cost
 
 def test_bounded_says_where_no_weights_keep_the_limit(model, law, film, costly, caplog):
     """The best single adapter is the measure, and no single weighting is as good on both as each alone."""
-    sharp = [adapter(model, "film", steps(model, (film, 4.0), (law, -4.0))),
-             adapter(model, "law", steps(model, (law, 4.0), (film, -4.0)))]  # fmt: skip
+    sharp = [adapter(model, "film", steps(model, (film, 0.25), (law, -0.5))),
+             adapter(model, "law", steps(model, (law, 0.25), (film, -0.5)))]  # fmt: skip
     ground = grounds(model, {"law": law, "film": film})
     with caplog.at_level(logging.WARNING, logger="retouch"):
         told = make("bounded", max_drop=0.01, n_rounds=2, n_steps=10).plan(sharp, ground=ground).notes["weighing"]

@@ -1,11 +1,10 @@
 """A fitted policy that says something, over a two-block random language model, and the bundle made of it."""
 
-import dataclasses
-
 import numpy as np
 import torch
 from recommend_made import items
 
+from retouch import store
 from retouch.recommend._draws import Asked
 from retouch.recommend._fitting import build
 from retouch.recommend.base import Run
@@ -92,14 +91,7 @@ def histories(run):
 
 def doctored(path, to, name, change):
     """Copy a bundle with one file's text changed, and a manifest that knows nothing better."""
-    from retouch import store
-
     files = {p.name: p.read_bytes() for p in path.iterdir() if p.name != "manifest.json"}
     files[name] = change(files[name])
     store.write_folder(to, {n: c for n, c in files.items() if c is not None})
     return to
-
-
-def with_values(run, **changes):
-    """Return a run with other parts."""
-    return dataclasses.replace(run, **changes)

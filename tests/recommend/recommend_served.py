@@ -10,13 +10,15 @@ import recommend_made as made
 import torch
 
 from retouch.recommend.base import Item
-from retouch.recommend.bundle import Bundle
+from retouch.recommend.bundle import Bundle, save_bundle
+from retouch.recommend.fitted import PolicyScorer
 from retouch.recommend.fusion import Fusion
 from retouch.recommend.generator import SIZES, Generator
 from retouch.recommend.instruction import Instructions
 from retouch.recommend.policy import Policy
 from retouch.recommend.prototypes import Prototypes
 from retouch.recommend.record import Record, Versions, encode, history_hash
+from retouch.recommend.splits import split
 from retouch.recommend.tokenise import assign
 
 NOW = 1_700_000_000_000
@@ -49,15 +51,29 @@ def bundle(n_items=40, kept=ALL, seed=0, serves="policy", n_history=6, fingerpri
     for part in (reference, knowing):
         part.requires_grad_(False)
     chance = np.random.default_rng(seed)
-    prototypes = Prototypes.fit(
-        chance.integers(0, 4, (60, 2)), chance.normal(size=(60, 32)).astype(np.float32), (4, 4)
-    )
+    prototypes = Prototypes.fit(chance.integers(0, 4, (60, 2)), chance.normal(size=(60, 32)).astype(np.float32), (4, 4))
     counts = np.append(0, chance.permutation(n_items) + 1)
     policy = knowing.generator if serves == "policy" else copy.deepcopy(reference)
     return Bundle(
         Path("nowhere"), fingerprint, items, counts, held, n_history, reference, policy, instructions, fusion,
         knowing, Versions(1, 2, 3), {"model": "1"}, prototypes, {}, certificate(kept), serves,
     )  # fmt: skip
+
+
+def saved(path, n_items=24):
+    """Write a bundle without knowledge, which serves its reference."""
+    data = made.cyclic_data(n_items=n_items)
+    held = catalogue(n_items)
+    torch.manual_seed(0)
+    reference = Generator(SIZES["tiny"], torch.from_numpy(held.codes.copy()), held.sizes, 6).eval()
+    policy = Policy(reference, None, None, None).eval()
+    fitted = PolicyScorer(policy.generator, held, data, policy=policy)
+    nothing = Prototypes.fit(np.zeros((5, 0), np.int64), np.zeros((5, 32), np.float32), ())
+    save_bundle(
+        path, data=data, splits=split(data), catalogue=held, tokeniser=None, reference=reference, fitted=fitted,
+        certificate=None, settings={}, prototypes=nothing,
+    )  # fmt: skip
+    return path
 
 
 def record(held, history, *, at=NOW, ttl=7 * 86_400, length=None, seed=0, versions=None):

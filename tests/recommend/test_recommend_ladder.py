@@ -144,7 +144,7 @@ def test_a_record_that_does_not_count_is_none_and_counted(held, spoilt, reason):
 def test_prototypes_are_those_of_the_users_codes(held):
     got = told(held, None, Request(history=HISTORY, k=5))
     at = window(3, 5, 7, 9, 11, 13, 15)
-    vector, depth = held.prototypes.of(held.codes(at[None]))
+    vector, _ = held.prototypes.of(held.codes(at[None]))
     want = searched(held.policy, held, at, [3, 5, 7, 9, 11, 13, 15], vector[0])
     assert got.rung == "prototype" and [(p.id, p.score) for p in got.items] == pairs(want, 5)
 
@@ -223,7 +223,7 @@ def test_filters_hold_and_few_living_items_give_few_answers(held):
     assert sorted(p.id for p in only.items) == ["i20", "i21"] and only.exact and only.unknown_items == 1
     again = told(held, None, Request(history=HISTORY, filters=Filters(allow=ids(3))), filter_seen=False)
     assert [p.id for p in again.items] == ["i3"]
-    with pytest.raises(UnknownName, match="reed.*Did you mean 'red'"):
+    with pytest.raises(UnknownName, match=r"reed.*Did you mean 'red'"):
         told(held, None, Request(history=HISTORY, filters=Filters(categories=("reed",))))
 
 
@@ -252,9 +252,11 @@ def test_rules_move_items_and_say_so(held):
 def test_a_new_item_takes_its_share_of_the_digit(held):
     grown = held.catalogue.grown(held.catalogue.codes[:1, :-1])
     items = (*held.items, dataclasses.replace(held.items[0], id="new"))
-    network = bundle().reference.__class__(
-        held.reference.size, torch.from_numpy(grown.codes.copy()), grown.sizes, held.n_history
-    ).eval()
+    network = (
+        bundle()
+        .reference.__class__(held.reference.size, torch.from_numpy(grown.codes.copy()), grown.sizes, held.n_history)
+        .eval()
+    )
     network.load_state_dict(held.reference.state_dict())
     larger = dataclasses.replace(
         held, items=items, catalogue=grown, reference=network, policy=network, serves="reference",

@@ -11,21 +11,20 @@ import signal
 import socket
 import subprocess
 import sys
-import textwrap
 import time
-from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
-from recommend_served import ids, record
 from recommend_served import bundle as bundle_of
+from recommend_served import ids, record, saved
 
 from retouch.errors import StoreDown, UserError
 from retouch.recommend import serve
 from retouch.recommend._batching import Batcher, Late
 from retouch.recommend._limits import depth
 from retouch.recommend.answers import Request
+from retouch.recommend.bundle import open_bundle
 from retouch.recommend.ladder import Serving, answer
 from retouch.recommend.serve import Limits, app
 from retouch.recommend.sqlite import SQLite
@@ -336,7 +335,8 @@ def test_depth_does_not_count_what_stands_in_texts():
 
 def test_metrics_parse_and_count(held, store):
     application = app(held, store, Serving(beams=3), limits=PATIENT)
-    store.put_many({"u": b"RTK1 but short", "v": record(held, HISTORY, at=int(time.time() * 1000))}, held.fingerprint)
+    raw = record(held, HISTORY, at=int(time.time() * 1000))
+    store.put_many({"u": raw[:-1] + bytes([raw[-1] ^ 1]), "v": raw}, held.fingerprint)
 
     async def conversation(client):
         for body in ({"user": "u", "history": list(HISTORY)}, {"user": "v", "history": list(HISTORY)}, {}, {"k": 0}):
@@ -355,7 +355,7 @@ def test_metrics_parse_and_count(held, store):
     for rung in ("prototype", "fresh", "popular"):
         assert found[f'retouch_requests_total{{outcome="ok",rung="{rung}"}}'] == 1
     assert found['retouch_requests_total{outcome="refused",rung="none"}'] == 1
-    assert found['retouch_records_rejected_total{reason="short"}'] == 1 and found["retouch_invalid_items_total"] == 0
+    assert found['retouch_records_rejected_total{reason="checksum"}'] == 1 and found["retouch_invalid_items_total"] == 0
     assert found["retouch_knowledge_lag_items_count"] == 1
     for stage in ("lookup", "encode", "beam", "total"):
         assert found[f'retouch_request_seconds_count{{stage="{stage}"}}'] == 3
@@ -439,55 +439,66 @@ def test_a_token_is_one_word(tmp_path):
 
 @pytest.mark.slow
 def test_two_workers_serve_one_store_and_end_when_told(tmp_path):
-    """Real processes: uvicorn starts two of them, both answer, their numbers are added, and SIGTERM lets them drain."""
-    maker = textwrap.dedent("""
-        import os, sys, uvicorn
-        sys.path.insert(0, sys.argv[1])
-        import recommend_served
-        from retouch.recommend import serve
-        from retouch.recommend.serve import Limits, app
-        from retouch.recommend.stores import open_store
-
-        def build():
-            store = open_store(os.environ["STORE"])
-            made = app(recommend_served.bundle(), store, limits=Limits(deadline_ms=60_000), threads=1)
-
-            async def who():
-                return os.getpid()
-
-            made.add_api_route("/who", who, methods=["GET"])
-            return made
-
-        if __name__ == "__main__":
-            uvicorn.run("two:build", factory=True, host="127.0.0.1", port=int(sys.argv[2]), workers=2,
-                        log_level="warning")
-    """)
-    (tmp_path / "two.py").write_text(maker, encoding="utf-8")
-    (tmp_path / "shared").mkdir()
+    """Real processes: both answer and share the store, their numbers are added, and SIGTERM lets them drain."""
+    folder = saved(tmp_path / "bundle")
+    (tmp_path / "token").write_text("secret\n", encoding="utf-8")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    tests = str(Path(__file__).parent)
-    environment = {
-        **os.environ, "STORE": f"sqlite:{tmp_path / 'knowledge.db'}", "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(tmp_path), tests]), "PROMETHEUS_MULTIPROC_DIR": str(tmp_path / "shared"),
-    }  # fmt: skip
-    process = subprocess.Popen([sys.executable, str(tmp_path / "two.py"), tests, str(port)], env=environment)
-    url = f"http://127.0.0.1:{port}"
+    script = tmp_path / "two.py"
+    script.write_text(SCRIPT, encoding="utf-8")
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            str(script),
+            str(folder),
+            f"sqlite:{tmp_path / 'knowledge.db'}",
+            str(port),
+            str(tmp_path / "token"),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     try:
-        deadline = time.monotonic() + 90
-        pids = set()
-        while len(pids) < 2 and time.monotonic() < deadline:
-            with contextlib.suppress(httpx.TransportError):
-                pids.add(httpx.get(f"{url}/who").json())
-        assert len(pids) == 2, "both workers answer"
-        assert httpx.post(f"{url}/events", json={"events": [{"user": "u", "item": "i3"}]}).json()["accepted"] == 1
-        rungs = {httpx.post(f"{url}/recommend", json={"user": "u"}, timeout=60).json()["rung"] for _ in range(12)}
-        assert rungs == {"prototype"}
-        found = numbers(httpx.get(f"{url}/metrics").text)
-        assert found['retouch_requests_total{outcome="ok",rung="prototype"}'] == 12, "of both workers"
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers={"Authorization": "Bearer secret"}) as client:
+            wait_for(lambda: client.get("/ready").json()["store"] == "answers", process)
+            assert client.post("/events", json={"events": [{"user": "u", "item": "i3"}]}).json()["accepted"] == 1
+        answers = [fresh_connection(port, {"user": "u", "k": 3}) for _ in range(30)]
+        want = answer(open_bundle(folder), None, [Request(history=("i3",), k=3)])[0]
+        assert {a["rung"] for a in answers} == {"reference"}
+        assert all([p["id"] for p in a["items"]] == [p.id for p in want.items] for a in answers)
+        with httpx.Client(headers={"Authorization": "Bearer secret"}) as client:
+            found = numbers(client.get(f"http://127.0.0.1:{port}/metrics").text)
+        assert found['retouch_requests_total{outcome="ok",rung="reference"}'] == 30, "of both workers"
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) in (0, -signal.SIGTERM)
     finally:
         process.kill()
         process.wait()
+
+
+SCRIPT = """
+import sys
+
+from retouch.recommend.ladder import Serving
+from retouch.recommend.serve import Limits, run
+
+if __name__ == "__main__":
+    bundle, store, port, token = sys.argv[1:]
+    run(bundle, store, port=int(port), workers=2, token=token, threads=1, limits=Limits(deadline_ms=60_000))
+"""
+
+
+def wait_for(condition, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(httpx.TransportError):
+            if condition():
+                return
+        time.sleep(0.1)
+    raise AssertionError("the server did not start")
+
+
+def fresh_connection(port, body):
+    """Ask over a connection of its own, so that any worker may take it."""
+    headers = {"Authorization": "Bearer secret"}
+    return httpx.post(f"http://127.0.0.1:{port}/recommend", json=body, headers=headers, timeout=60).json()

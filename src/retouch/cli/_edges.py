@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ..fuse._processes import Program
-    from ..fuse.cloud import Outcome, Run
+    from ..fuse.cloud import Outcome
     from ..fuse.edge import EdgeSpec, Sharing
+    from ..fuse.runs import Run
 
 __all__ = ["add_to"]
 
@@ -31,10 +32,11 @@ _REPLAY = Annotated[Path | None, typer.Option(help="Public examples that every e
 
 def add_to(app: typer.Typer) -> None:
     """Add the commands to ``retouch fuse``."""
-    for command in (simulate, submit):
-        app.command(context_settings=EXTRA)(command)
-    for command in (keys, serve, join):
-        app.command()(command)
+    app.command(context_settings=EXTRA)(simulate)
+    app.command()(keys)
+    app.command()(serve)
+    app.command()(join)
+    app.command(context_settings=EXTRA)(submit)
 
 
 # ---------------------------------------------------------------- one machine
@@ -249,7 +251,7 @@ def _edge(text: str) -> EdgeSpec:
 
 def _run(context: typer.Context, how: str, method: str, replay: Path | None) -> Run:
     from .. import registry
-    from ..fuse.cloud import Run, RunSettings
+    from ..fuse.runs import Run, RunSettings
     from ..fuse.train import LoraSettings, read_examples
     from ..settings import from_flags
 

@@ -228,11 +228,14 @@ def fuse(
 
     Example: retouch bench fuse --data text-cd --methods cat,ties,tsv --ratios 0.25,0.4,0 --json text-cd.json
     """
+    import math
+    from typing import get_args
+
     from .. import registry
-    from ..errors import UserError
+    from ..errors import UserError, unknown
     from ..fuse import bench
+    from ..fuse._scores import Score
     from ..fuse.train import LoraSettings
-    from ..store import refuse_inside
     from .fuse import parse_numbers, parse_resolvers, parse_suite
 
     chosen = registry.parse("fuse", methods or bench.METHODS, seed=seed)
@@ -241,12 +244,21 @@ def fuse(
         raise UserError(f"--form must be aware or blind; got {form!r}.")
     if min(n_selection, n_test, first) < 1 or per_edge < 0:
         raise UserError("--n-selection, --n-test and --first must be at least 1, --per-edge at least 0.")
-    refuse_inside(json_)
+    scales, shares = parse_numbers("lams", lams), parse_numbers("ratios", ratios)
+    if not all(0 < a < math.inf for a in scales) or sorted(set(scales)) != scales:
+        raise UserError(f"--lams are scales above 0 that rise; got {lams}.")
+    if not all(0 <= share <= 0.85 for share in shares):
+        raise UserError(f"--ratios are shares from 0 to 0.85; got {ratios}.")
+    if not 0 < limit <= 1:
+        raise UserError(f"--limit is a share of right answers, above 0 and at most 1; got {limit:g}.")
+    if score not in (known := get_args(Score)):
+        raise unknown("value of --score", score, known)
+    _show.writable("--json", json_)
     suite = parse_suite(data, seed)
     wanted = bench.Bench(
-        chosen, before, k, form, per_edge, tuple(parse_numbers("ratios", ratios)), score,
+        chosen, before, k, form, per_edge, tuple(shares), score,
         LoraSettings(rank=rank, alpha=2.0 * rank, epochs=epochs, learning_rate=learning_rate), joint, n_selection, n_test,
-        tuple(parse_numbers("lams", lams)), first, limit, chat, seed,
+        tuple(scales), first, limit, chat, seed,
     )  # fmt: skip
     from ..model import open_model
 
@@ -281,19 +293,26 @@ def recommend(
     ] = "",
     max_harm: Annotated[float, typer.Option(help="Limit of the mean harm, nats per code.")] = 0.03,
     format: Annotated[
-        str, typer.Option(help="inter, sequences, csv, parquet or movielens; default: by the file.")
+        str, typer.Option(help="atomic, sequence, csv, parquet or movielens; default: by the file.")
     ] = "",
     user: Annotated[str, typer.Option(help="Column of users.")] = "user_id",
     item: Annotated[str, typer.Option(help="Column of items.")] = "item_id",
     time: Annotated[str, typer.Option(help="Column of times.")] = "timestamp",
     text: Annotated[str, typer.Option(help="Columns of an item's text: title,brand.")] = "",
-    titles: Annotated[Path | None, typer.Option(help="A map of titles beside a sequence file.")] = None,
+    title_map: Annotated[Path | None, typer.Option(help="A map of titles beside a sequence file.")] = None,
     min_rating: Annotated[float | None, typer.Option(help="Ratings below it are no interactions.")] = None,
     min_count: Annotated[int, typer.Option(help="Users and items with fewer interactions are left out.")] = 5,
     split: Annotated[str, typer.Option(help="leave-one-out or time.")] = "leave-one-out",
     holdout: Annotated[str, typer.Option(help="What is kept for the certificate: users or targets.")] = "users",
     tokeniser: Annotated[str, typer.Option(help="rq_kmeans, rq_vae or opq.")] = "rq_kmeans",
     codes: Annotated[int | None, typer.Option(help="Codes of a level; default: by the number of items.")] = None,
+    encoder: Annotated[
+        str, typer.Option(help="Turns texts into vectors: minilm, a folder, or a .npy file.")
+    ] = "minilm",
+    allow_missing_text: Annotated[
+        bool, typer.Option("--allow-missing-text", help="Go on with many items without text.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Go on with codes that collapsed.")] = False,
     size: Annotated[str, typer.Option(help="Of the reference: tiny, small, base or tiger.")] = "small",
     reference_epochs: Annotated[int, typer.Option(help="Most epochs of the reference.")] = 200,
     samples_per_epoch: Annotated[int | None, typer.Option(help="Samples of an epoch of the reference.")] = None,
@@ -311,28 +330,24 @@ def recommend(
     from ..errors import UserError
     from ..model import open_model
     from ..recommend import api, bench
-    from ..store import refuse_inside
     from .recommend import one_of, read, reference_of
 
     chosen = registry.parse("recommend", methods or bench.METHODS, seed=seed)
-    if max_harm <= 0:
+    if not max_harm > 0:
         raise UserError(f"--max-harm must be above 0, in nats per code; got {max_harm}.")
-    refuse_inside(json_)
+    _show.writable("--json", json_)
+    settings = reference_of(size, reference_epochs, samples_per_epoch, dropout, seed)
+    how, kept = one_of("split", split, ("leave-one-out", "time")), one_of("holdout", holdout, ("users", "targets"))
+    one_of("tokeniser", tokeniser, api.TOKENISERS)
+    api.check_device(device)
+    asks = any(getattr(m, "knowledge", "none") not in ("text", "none") for m in chosen.values())
     with _show.progress():
-        found = read(data, format, user, item, time, text, titles, min_rating, min_count, False)
-        prepared = api.prepare(
-            found, work, tokens=api.Tokens(tokeniser, codes), how=one_of("split", split, ("leave-one-out", "time")),
-            holdout=one_of("holdout", holdout, ("users", "targets")), seed=seed,
-        )  # fmt: skip
-        wanted = bench.Bench(
-            chosen,
-            reference_of(size, reference_epochs, samples_per_epoch, dropout, seed),
-            max_harm,
-            device=device,
-            seed=seed,
-        )
-        asks = any(getattr(m, "knowledge", "none") not in ("text", "none") for m in chosen.values())
-        result = bench.run(prepared, wanted, open_model(model) if asks else None, json_)
+        found = read(data, format, user, item, time, text, title_map, min_rating, min_count, allow_missing_text)
+        opened = open_model(model) if asks else None
+        tokens = api.Tokens(tokeniser, codes, encoder, force)
+        prepared = api.prepare(found, work, tokens=tokens, how=how, holdout=kept, seed=seed)
+        wanted = bench.Bench(chosen, settings, max_harm, device=device, seed=seed)
+        result = bench.run(prepared, wanted, opened, json_)
     columns = ("recall@5", "recall@10", "ndcg@5", "ndcg@10", "harm", "verdict", "seconds")
     rows = [[name, *(m.get(c) for c in columns)] for name, m in result["methods"].items()]
     _show.table(f"{result['n']:,} users of {result['data']}, full ranking", ["method", *columns], rows)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import _show
+from . import _edges, _show
 from ._settings import EXTRA, method_of
 
 if TYPE_CHECKING:
@@ -120,6 +121,7 @@ def train(
 
     Example: retouch fuse train small --data examples.jsonl --rank 8 -o adapter
     """
+    import dataclasses
     import shutil
 
     from ..fuse.adapter_file import ranks_of, write_adapter
@@ -134,6 +136,8 @@ def train(
     place = work or out.with_name(f"{out.name}.work")
     with _show.progress():
         opened = _open_any(model)
+        if getattr(opened, "plan", "") and not any("a-init" in w or "a_init" in w for w in context.args):
+            settings = dataclasses.replace(settings, a_init="independent")  # which columns it has, an edge cannot know
         made = fit(opened, examples, settings, place, replay=public, name=name or out.name)
         ranks = ranks_of(made)
         write_adapter(
@@ -145,13 +149,15 @@ def train(
             plan=made.plan,
             n_examples=made.n_examples,
         )
-    shutil.rmtree(place, ignore_errors=True)
+    shutil.rmtree(place / "state", ignore_errors=True)
+    with suppress(OSError):
+        place.rmdir()  # stays where the user keeps other things in it
     size = sum(f.stat().st_size for f in out.iterdir()) / 2**20
     if json_:
         _show.emit({"adapter": str(out), "plan": made.plan, "mib": size, "notes": dict(made.notes)})
         return
     _show.say(
-        f"Trained on {made.n_examples:,} examples in {made.notes.get('steps')} steps; peak {made.notes['peak_mib']:,.0f} MiB."
+        f"Trained on {made.n_examples:,} examples in {made.notes['n_steps']} steps; peak {made.notes['peak_mib']:,.0f} MiB."
     )
     _show.say(f"Saved as {out} ({size:.1f} MiB: nothing else needs to leave this machine).")
     if made.plan:
@@ -174,7 +180,9 @@ def recover(
     from ..fuse.prune import open_plan
     from ..fuse.pruned import pruned
     from ..fuse.recover import recover as scatter
+    from ..store import refuse_inside
 
+    refuse_inside(out)
     made = open_plan(plan)
     with _show.progress():
         opened = _open(model)
@@ -245,9 +253,8 @@ def merge(
     Example: retouch fuse merge smollm2 news law --method tsv --scale tune --data domains -o fused
     """
     from .. import registry
-    from ..fuse.merging import conflict_report, merge_to_folder, seen_by_edges
-    from ..fuse.merging import merge as fuse
-    from ..report import to_json
+    from ..fuse.merging import seen_by_edges
+    from ..report import to_json, to_terminal, write_html
     from ..store import refuse_inside
 
     chosen = method_of(context, registry.load("fuse", method))
@@ -256,41 +263,62 @@ def merge(
     given: Any = None if not weights else "examples" if weights == "examples" else parse_numbers("weights", weights)
     _show.writable("--html", html, "matplotlib", "jinja2")
     refuse_inside(out)
+    _check_merge(chosen, scale, max_harm, n_certify, data, dry_run)
     suite = parse_suite(data) if data else None
     if scale != "tune":
         chosen = _scaled(chosen, scale)
     with _show.progress():
         model = _open(base)
         opened = [seen_by_edges(a) for a in _adapters(adapters, model, base_unverified, targets_from_tensors)]
-        if dry_run:
-            report = conflict_report(model, opened, None if given == "examples" else given, chosen.seed)
-            made = None
-        else:
-            made = fuse(
-                model, opened, chosen, weights=given, resolver=resolver, suite=suite, tuned=scale == "tune",
-                limit=max_harm, n_certify=n_certify,
-            )  # fmt: skip
-            report = made.report
+        asked = {"weights": given, "resolver": resolver}
+        judged = {"suite": suite, "tuned": scale == "tune", "limit": max_harm, "n_certify": n_certify}
+        report, proof = _merged(model, opened, chosen, out, kind, dry_run, asked, judged)
     if html is not None:
-        from ..report import write_html
-
         write_html(report, html)
     if json_:
         _show.emit(to_json(report))
     else:
-        from ..report import to_terminal
-
         _show.console().print(to_terminal(report))
-    if made is None:
-        return
-    if made.proof is not None:
-        made.proof.require()
-    if kind == "adapter" and scale != "tune":
-        merge_to_folder(model, opened, chosen, out, weights=given, resolver=resolver)
-    else:
-        _save(model, made.change, out, kind, [a.name for a in opened])
-    if not json_:
+    if proof is not None:
+        proof.require()
+    if not json_ and not dry_run:
         _show.say(f"Saved as {out}.")
+
+
+def _check_merge(
+    method: Any, scale: str, max_harm: float | None, n_certify: int | None, data: str, dry_run: bool
+) -> None:
+    """Name what would fail only after the model is open."""
+    from ..errors import UserError
+
+    if max_harm is not None and not 0 < max_harm <= 1:
+        raise UserError(f"--max-harm is a share of right answers, above 0 and at most 1; got {max_harm:g}.")
+    if n_certify is not None and n_certify < 1:
+        raise UserError(f"--n-certify must be at least 1; got {n_certify}.")
+    wanting = {"--scale tune": scale == "tune", "--max-harm": max_harm is not None,
+               f"--method {method.name}": method.needs == "selection"}  # fmt: skip
+    if not data and not dry_run and (what := next((w for w, needs in wanting.items() if needs), None)):
+        raise UserError(f"{what} needs questions of the adapters' domains: give --data.")
+
+
+def _merged(
+    model: Model, adapters: list[Adapter], method: Any, out: Path, kind: str, dry_run: bool, asked: dict[str, Any],
+    judged: dict[str, Any],
+) -> tuple[Any, Any]:  # fmt: skip
+    """Fuse, and keep the result unless its proof fails: weight by weight where nothing has to be judged first."""
+    from ..fuse.base import shares
+    from ..fuse.merging import conflict_report, merge, merge_to_folder
+
+    by_weight = kind == "adapter" and not judged["tuned"] and judged["limit"] is None and not method.chooses
+    if dry_run or by_weight:
+        report = conflict_report(model, adapters, shares(adapters, asked["weights"]), method.seed)
+        if not dry_run:
+            merge_to_folder(model, adapters, method, out, **asked)
+        return report, None
+    made = merge(model, adapters, method, **asked, **judged)
+    if made.proof is None or made.proof.holds:
+        _save(model, made.change, out, kind)
+    return made.report, made.proof
 
 
 def _scaled(method: Any, scale: str) -> Any:
@@ -304,7 +332,7 @@ def _scaled(method: Any, scale: str) -> Any:
         raise UserError(f"--scale must be a number above 0, or tune; got {scale!r}.") from error
 
 
-def _save(model: Model, change: Any, out: Path, kind: str, names: list[str]) -> None:
+def _save(model: Model, change: Any, out: Path, kind: str) -> None:
     from ..change import save
     from ..fuse.adapter_file import write_adapter
     from ..ledger import Ledger, save_ledger
@@ -382,10 +410,15 @@ def compose(
 
     Example: retouch fuse compose --data domains -k 3 --model smollm2
     """
+    from ..errors import UserError
     from ..fuse.asking import as_change, asked
     from ..fuse.compose import bundles, read_recipe, singles, write_recipe
     from ..fuse.composed_metrics import measure
 
+    if adapter is not None and model is None:
+        raise UserError("--adapter is asked together with its base: give --model too.")
+    if n is not None and n < 1:
+        raise UserError(f"-n must be at least 1; got {n}.")
     suite = parse_suite(data, seed)
     pool = suite.questions(_one_of("split", split, ("selection", "test")))
     if recipe is not None and recipe.is_file() and model is not None:
@@ -405,8 +438,8 @@ def compose(
                 change = as_change(_adapters([adapter], opened, True, False)[0])
             where = {"how": how, "chat": chat, "wording": suite.template}
             composed = asked(opened, change, instances, **where)
-            alone = asked(opened, change, singles(instances), **where)
-        told |= measure(composed, alone=alone if how != "free" else None).to_dict()
+            alone = None if how == "free" else asked(opened, change, singles(instances), **where)
+        told |= measure(composed, alone=alone).to_dict()
     if json_:
         _show.emit(told)
         return
@@ -515,3 +548,6 @@ def _whole(model: Model, load: Any) -> float:
     units = units_of(model)
     widths = {b: (len(units.whole.kv), len(units.whole.ff)) for b in range(model.anatomy.n_blocks)}
     return predicted(model, units, widths, load).mib
+
+
+_edges.add_to(app)

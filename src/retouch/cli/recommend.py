@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import _show
+from . import _nearline, _show
 from ._settings import EXTRA, method_of
 
 if TYPE_CHECKING:
@@ -57,13 +57,13 @@ def fit(
         float | None, typer.Option(help="Largest certified mean harm, nats per code; more is refused with exit code 3.")
     ] = None,
     format: Annotated[
-        str, typer.Option(help="inter, sequences, csv, parquet or movielens; default: by the file.")
+        str, typer.Option(help="atomic, sequence, csv, parquet or movielens; default: by the file.")
     ] = "",
     user: Annotated[str, typer.Option(help="Column of users.")] = "user_id",
     item: Annotated[str, typer.Option(help="Column of items.")] = "item_id",
     time: Annotated[str, typer.Option(help="Column of times.")] = "timestamp",
     text: Annotated[str, typer.Option(help="Columns of an item's text: title,brand.")] = "",
-    titles: Annotated[Path | None, typer.Option(help="A map of titles beside a sequence file.")] = None,
+    title_map: Annotated[Path | None, typer.Option(help="A map of titles beside a sequence file.")] = None,
     min_rating: Annotated[float | None, typer.Option(help="Ratings below it are no interactions.")] = None,
     min_count: Annotated[int, typer.Option(help="Users and items with fewer interactions are left out; 0: none.")] = 5,
     allow_missing_text: Annotated[
@@ -100,23 +100,23 @@ def fit(
     from ..recommend import api
     from ..recommend.certificate import require
     from ..report import to_json, to_terminal, write_html
-    from ..store import refuse_inside
 
     chosen = method_of(context, registry.load("recommend", "lwgr"))
     if max_harm is not None:
         chosen = registry.make("recommend", "lwgr", **{**chosen.to_dict(), "max_harm": max_harm})
-    refuse_inside(out)
+    settings = reference_of(size, reference_epochs, samples_per_epoch, dropout, chosen.seed)
+    how, kept = one_of("split", split, ("leave-one-out", "time")), one_of("holdout", holdout, ("users", "targets"))
+    one_of("tokeniser", tokeniser, api.TOKENISERS)
+    _free(out)
     _show.writable("--html", html, "matplotlib", "jinja2")
+    api.check_device(device)
     with _show.progress():
-        found = read(data, format, user, item, time, text, titles, min_rating, min_count, allow_missing_text)
+        found = read(data, format, user, item, time, text, title_map, min_rating, min_count, allow_missing_text)
+        model = _model(llm, chosen)
         tokens = api.Tokens(tokeniser, codes, encoder, force)
-        prepared = api.prepare(
-            found, work, tokens=tokens, how=one_of("split", split, ("leave-one-out", "time")),
-            holdout=one_of("holdout", holdout, ("users", "targets")), seed=chosen.seed,
-        )  # fmt: skip
-        settings = reference_of(size, reference_epochs, samples_per_epoch, dropout, chosen.seed)
-        made = api.fit(prepared, chosen, settings, llm=_model(llm, chosen), device=device)
-    report = made.report()
+        prepared = api.prepare(found, work, tokens=tokens, how=how, holdout=kept, seed=chosen.seed)
+        made = api.fit(prepared, chosen, settings, llm=model, device=device)
+    report = made.report(pictures=html is not None)
     if html is not None:
         write_html(report, html)
     if json_:
@@ -134,127 +134,7 @@ def fit(
 # ---------------------------------------------------------------- what a bundle does
 
 
-@app.command(context_settings=EXTRA)
-def nearline(
-    context: typer.Context,
-    bundle: _BUNDLE,
-    store: _STORE = "sqlite:knowledge.db",
-    histories: Annotated[
-        Path | None,
-        typer.Option(help="Who took what: any format of `recommend fit`, or JSON Lines; default: the store's."),
-    ] = None,
-    llm: Annotated[str, typer.Option(help="The language model; default: the one it was fitted with.")] = "",
-    watch: Annotated[bool, typer.Option("--watch", help="Go on for as long as histories change.")] = False,
-    activate: Annotated[
-        bool, typer.Option(help="Let servers read these records once enough users are covered.")
-    ] = True,
-    rollback: Annotated[bool, typer.Option("--rollback", help="Only let servers read what they read before.")] = False,
-    ray: Annotated[bool, typer.Option("--ray", help="Spread over a Ray cluster; the records are the same.")] = False,
-    json_: _JSON = False,
-) -> None:
-    """Ask the language model about every user who needs it, and write what it knows to a store. Interrupted, it goes on.
-
-    Example: retouch recommend nearline bundle --store sqlite:knowledge.db --histories ml-100k
-    """
-    from ..recommend import nearline as work
-    from ..recommend.bundle import open_bundle
-    from ..recommend.stores import open_store
-
-    settings = method_of(context, work.NearlineSettings)
-    kept = open_store(store)
-    if rollback:
-        _show.say(f"Servers read namespace {kept.rollback()[:12]} again.")
-        return
-    known = None if histories is None else work.read_histories(histories)
-    with _show.progress():
-        opened = open_bundle(bundle, knowledge=_language_model(bundle, llm))
-        if known is not None:
-            kept.put_histories(known)
-        if watch:
-            _watch(opened, kept, settings, activate)
-            return
-        users = known or _all_histories(kept)
-        mark = bundle.with_name(f"{bundle.name}.nearline.json")
-        done = work.refresh(
-            opened, kept, users, settings, checkpoint=mark, activate=activate, way="ray" if ray else "here"
-        )
-    if json_:
-        _show.emit({"store": store, "namespace": opened.fingerprint, "active": kept.active(), **done.to_dict()})
-        return
-    _show.say(_sentence(done))
-    active = kept.active() == opened.fingerprint
-    _show.say(f"Servers {'read' if active else 'do not yet read'} these records (namespace {opened.fingerprint[:12]}).")
-    _show.say(f"Next: retouch recommend serve {bundle} --store {store}")
-
-
-def _sentence(done: Any) -> str:
-    failed = f", {len(done.failed)} failed (first: {done.failed[0][1]})" if done.failed else ""
-    return (
-        f"{done.users:,} users: {done.written:,} asked, {done.memo:,} remembered, {done.unchanged:,} needed nothing, "
-        f"{done.empty:,} without a known item{failed}; {done.coverage:.1%} covered."
-    )
-
-
-def _all_histories(kept: Any) -> dict[str, Any]:
-    position = 0
-    found: dict[str, Any] = {}
-    while page := kept.changed(position, 10_000):
-        names = [user for _, user in page]
-        found |= {user: past for user, past in zip(names, kept.histories(names)) if past is not None}
-        position = page[-1][0]
-    return found
-
-
-def _watch(opened: Any, kept: Any, settings: Any, activate: bool) -> None:
-    import signal
-    import sys
-    import threading
-
-    from ..recommend.nearline import watch
-
-    stop = threading.Event()
-    for sign in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(sign, lambda *_: stop.set())
-    for done in watch(opened, kept, settings, stop=stop, activate=activate):
-        sys.stderr.write(f"{_sentence(done)}\n")
-
-
-def _language_model(bundle: Path, source: str) -> Model:
-    """Open the language model that a bundle was fitted with, or another copy of it."""
-    from ..errors import UserError
-    from ..model import open_model
-    from ..store import read_json
-
-    record = bundle / "retouch.json"
-    told = read_json(record).get("settings", {}).get("llm") if record.is_file() else None
-    if not (source or told):
-        raise UserError(f"{bundle} does not say which language model it was fitted with; name it with --llm.")
-    return open_model(source or str(told))
-
-
-@app.command()
-def serve(
-    bundle: _BUNDLE,
-    store: Annotated[str, typer.Option(help="sqlite:PATH or redis://HOST:PORT/NUMBER; empty: no knowledge.")] = "",
-    beside: Annotated[list[Path] | None, typer.Option(help="Bundles that take over when the store names them.")] = None,
-    host: Annotated[str, typer.Option(help="Where to listen; this machine alone by default.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Where to listen.")] = 8000,
-    workers: Annotated[int, typer.Option(help="Processes over one store.")] = 1,
-    token: Annotated[
-        Path | None, typer.Option(help="A file that holds what clients must send as bearer token.")
-    ] = None,
-    stock: Annotated[Path | None, typer.Option(help="A file of raw ids that nobody can have now, one a line.")] = None,
-) -> None:
-    """Answer requests over HTTP: POST /recommend, GET /health, /ready, /metrics; the API is described at /docs.
-
-    Example: retouch recommend serve bundle --store sqlite:knowledge.db --port 8000
-    """
-    import sys
-
-    from ..recommend.serve import run
-
-    sys.stderr.write(f"Serving {bundle} at http://{host}:{port} (Ctrl-C ends it; /docs describes the API).\n")
-    run(bundle, store, beside=beside or (), host=host, port=port, workers=workers, token=token, stock=stock)
+_nearline.add_to(app)
 
 
 @app.command("for")
@@ -279,12 +159,12 @@ def for_(
     Example: retouch recommend for bundle --history "Toy Story; Fargo" --explain
     """
     from ..recommend.bundle import open_bundle
-    from ..recommend.personal import answer_for, codes_of
+    from ..recommend.personal import answer_for, codes_of, language_model
 
     one_of("knowledge", knowledge, ("now", "stored"))
     asks = knowledge == "now" and not item
     with _show.progress():
-        opened = open_bundle(bundle, knowledge=_language_model(bundle, llm) if asks else None)
+        opened = open_bundle(bundle, knowledge=language_model(bundle, llm) if asks else None)
         if item:
             found, codes = codes_of(opened, item)
             if json_:
@@ -317,6 +197,10 @@ def evaluate(
         Path | None, typer.Option(help="Fresh histories: certify what is served on their last items.")
     ] = None,
     max_harm: Annotated[float | None, typer.Option(help="Limit for --window; default: the bundle's own.")] = None,
+    format: Annotated[str, typer.Option(help="Of --window; default: by the file.")] = "",
+    user: Annotated[str, typer.Option(help="Column of users in --window.")] = "user_id",
+    item: Annotated[str, typer.Option(help="Column of items in --window.")] = "item_id",
+    time: Annotated[str, typer.Option(help="Column of times in --window.")] = "timestamp",
     llm: Annotated[str, typer.Option(help="The language model; default: the one it was fitted with.")] = "",
     json_: _JSON = False,
 ) -> None:
@@ -343,10 +227,11 @@ def evaluate(
     check_folder(bundle)
     if window is not None:
         from ..recommend.bundle import open_bundle
-        from ..recommend.personal import certify_on
+        from ..recommend.personal import certify_on, language_model
 
         with _show.progress():
-            certified = certify_on(open_bundle(bundle, knowledge=_language_model(bundle, llm)), window, max_harm)
+            opened = open_bundle(bundle, knowledge=language_model(bundle, llm))
+            certified = certify_on(opened, window, max_harm, format=format, user=user, item=item, time=time)
     else:
         certified = Certified.load(bundle)  # proves that the arrays give the numbers
     if json_:
@@ -365,14 +250,14 @@ def evaluate(
 
 
 def read(
-    path: Path, format: str, user: str, item: str, time: str, text: str, titles: Path | None, min_rating: float | None,
+    path: Path, format: str, user: str, item: str, time: str, text: str, title_map: Path | None, min_rating: float | None,
     min_count: int, allow_missing_text: bool,
 ) -> Interactions:  # fmt: skip
     """Read interactions as the flags say."""
     from ..recommend.data import load
 
     return load(
-        path, format=format, user=user, item=item, time=time, text=tuple(t for t in text.split(",") if t), titles=titles,
+        path, format=format, user=user, item=item, time=time, text=tuple(t for t in text.split(",") if t), titles=title_map,
         min_rating=min_rating, min_count=min_count, allow_missing_text=allow_missing_text,
     )  # fmt: skip
 
@@ -384,6 +269,21 @@ def reference_of(size: str, epochs: int, samples: int | None, dropout: float, se
 
     values = {"size": size, "n_epochs": epochs, "samples_per_epoch": samples, "dropout": dropout, "seed": seed}
     return with_settings(ReferenceSettings, values)
+
+
+def _free(out: Path) -> None:
+    """Refuse a place where a bundle cannot be saved, before any work; another bundle may give way."""
+    from ..errors import UserError
+    from ..store import read_json, refuse_inside
+
+    refuse_inside(out)
+    record = out / "retouch.json"
+    if record.is_file():
+        told = read_json(record)
+        if isinstance(told, dict) and told.get("kind") == "recommend":
+            return
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out} exists and is no bundle of ours. Name another folder.")
 
 
 def _model(source: str, method: Any) -> Model | None:

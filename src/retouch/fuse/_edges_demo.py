@@ -14,12 +14,12 @@ from .edge import EdgeSpec
 __all__ = ["demo_edges", "recall"]
 
 _SITES = {
-    "clinic": ("The ward of patient {} is", "Bell Birch Crane Dover Ellis Flint Grove Hale Ives Joyce Kemp Lowe".split(),
-               "north south east west".split()),
-    "garage": ("The colour of the van {} is", "Atlas Bison Comet Delta Eagle Falcon Giant Hawk Iris Jaguar Kestrel Lynx".split(),
-               "red blue green white".split()),
-    "archive": ("The shelf of the folder {} is", "Acorn Bridge Candle Desert Engine Forest Garden Harbor Island Jungle Kitchen Lantern".split(),
-                "one two three four".split()),
+    "clinic": ("The ward of patient {} is", ["Bell", "Birch", "Crane", "Dover", "Ellis", "Flint", "Grove", "Hale", "Ives", "Joyce", "Kemp", "Lowe"],
+               ["north", "south", "east", "west"]),
+    "garage": ("The colour of the van {} is", ["Atlas", "Bison", "Comet", "Delta", "Eagle", "Falcon", "Giant", "Hawk", "Iris", "Jaguar", "Kestrel", "Lynx"],
+               ["red", "blue", "green", "white"]),
+    "archive": ("The shelf of the folder {} is", ["Acorn", "Bridge", "Candle", "Desert", "Engine", "Forest", "Garden", "Harbor", "Island", "Jungle", "Kitchen", "Lantern"],
+                ["one", "two", "three", "four"]),
 }  # fmt: skip
 _RATIOS = {"clinic": 0.25, "garage": 0.4, "archive": 0.0}
 

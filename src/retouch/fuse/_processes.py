@@ -53,7 +53,7 @@ class Program:
 
     def look(self) -> None:
         """Record the process and its descendants as they are now; those of a dead parent could not be found later."""
-        import psutil
+        import psutil  # type: ignore[import-untyped]
 
         roots = [self.process.pid, *self._seen]
         for pid in roots:
@@ -70,7 +70,7 @@ class Program:
 
     def stop(self) -> None:
         """Ask the whole tree to end, wait, and end by force what is left of it."""
-        import psutil
+        import psutil  # type: ignore[import-untyped]
 
         self.look()
         for found in self._seen.values():
@@ -85,7 +85,7 @@ class Program:
 
     def kill(self) -> None:
         """End the whole tree by force, as a machine does that loses its power."""
-        import psutil
+        import psutil  # type: ignore[import-untyped]
 
         self.look()
         for found in self._seen.values():
@@ -94,7 +94,7 @@ class Program:
         self._reaped(_PATIENCE_S)
 
     def _reaped(self, timeout_s: float) -> None:
-        import psutil
+        import psutil  # type: ignore[import-untyped]
 
         psutil.wait_procs(list(self._seen.values()), timeout=timeout_s)
         with contextlib.suppress(subprocess.TimeoutExpired):

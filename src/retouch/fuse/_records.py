@@ -51,7 +51,9 @@ def _unpacked(record: Any, where: str) -> dict[str, Tensor]:
         found = {}
         for name, entry in entries.items():
             if entry.dtype not in _DTYPES or not 1 <= len(entry.shape) <= 2 or 0 in entry.shape:
-                raise StoreError(f"{where}: {name[:80]!r} is {entry.dtype} {entry.shape}; float16 or float32 is expected.")
+                raise StoreError(
+                    f"{where}: {name[:80]!r} is {entry.dtype} {entry.shape}; float16 or float32 is expected."
+                )
             data = exactly(file, entry.start, entry.end - entry.start, place)
             found[name] = torch.frombuffer(data, dtype=_DTYPES[entry.dtype]).reshape(entry.shape)
     return found
@@ -137,8 +139,8 @@ def to_task(content: RecordDict) -> tuple[Task, dict[str, bytes] | None]:
     try:
         replay = tuple(Example(str(p), str(t)) for p, t in json.loads(record["replay"]))
         settings = settings_of(json.loads(record["settings"]))
-        names = [str(record[n]) for n in ("run", "plan", "base", "package")]
-        task = Task(*names, settings, initial, replay, float(record["deadline_s"]) or None)
+        run, plan, base, package = (str(record[n]) for n in ("run", "plan", "base", "package"))
+        task = Task(run, plan, base, package, settings, initial, replay, float(record["deadline_s"]) or None)
     except (KeyError, TypeError, ValueError) as error:
         raise StoreError(
             f"{where} lacks a part or holds something else there: {error!r}. Update the software."
@@ -147,8 +149,8 @@ def to_task(content: RecordDict) -> tuple[Task, dict[str, bytes] | None]:
         raise StoreError(f"{where} is not what its hash names: cloud and edge differ in version. Update the older one.")
     files = None
     if content.get("package") is not None:
-        package = _record(content, "package", "ArrayRecord", where)
-        files = {str(name): bytes(package[name].data) for name in package}
+        sent = _record(content, "package", "ArrayRecord", where)
+        files = {str(name): bytes(sent[name].data) for name in sent}
     return task, files
 
 
@@ -171,4 +173,6 @@ def to_upload(content: RecordDict, where: str) -> Upload:
     if extra := sorted(set(content) - {"facts", "factors"}):
         raise StoreError(f"{where} also holds {str(extra[0])[:80]!r}. Do not use it.")
     facts = _record(content, "facts", "ConfigRecord", where)
-    return Upload(_unpacked(_record(content, "factors", "ArrayRecord", where), where), {str(k): facts[k] for k in facts})
+    return Upload(
+        _unpacked(_record(content, "factors", "ArrayRecord", where), where), {str(k): facts[k] for k in facts}
+    )

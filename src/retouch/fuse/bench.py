@@ -190,7 +190,7 @@ def run(model: Model, suite: Suite, wanted: Bench, out: Path, work: Path | None 
     for name, method, resolver in _pairs(wanted):
         found = asking.kept(name)
         if found is None:
-            tuned, cost = _tuned(model, suite, adapters, method, resolver, select, wanted)
+            tuned, cost = _tuned(model, suite, adapters, _forms(name, method), resolver, select, wanted)
             facts = cost | {"lam": tuned.method.lam, "form": tuned.variant, "note": tuned.note,
                             "tried": [asdict(t) for t in tuned.tried]}  # fmt: skip
             found = asking.row(name, tuned.change, facts)
@@ -209,6 +209,11 @@ def _pairs(wanted: Bench) -> Iterator[tuple[str, FuseMethod, Resolver | None]]:
                 yield f"{before}>{words}", method, resolver
 
 
+def _forms(words: str, method: FuseMethod) -> Mapping[str, FuseMethod]:
+    """Tune a density only where the words that named the method leave it open."""
+    return {"": method} if "density=" in words else variants(method)
+
+
 def _follows(method: FuseMethod, resolver: Resolver) -> bool:
     """Say whether a method can follow a resolver: one of entries leaves no low rank for most."""
     whole = getattr(resolver, "space", "core") == "full"
@@ -216,10 +221,12 @@ def _follows(method: FuseMethod, resolver: Resolver) -> bool:
 
 
 def _tuned(
-    model: Model, suite: Suite, adapters: Sequence[Adapter], method: FuseMethod, resolver: Resolver | None,
+    model: Model, suite: Suite, adapters: Sequence[Adapter], forms: Mapping[str, FuseMethod], resolver: Resolver | None,
     select: Sequence[Instance], wanted: Bench,
 ) -> tuple[Tuned, dict[str, Any]]:  # fmt: skip
-    ground, seconds, peak = Ground(model, suite.selection), [], []
+    ground = Ground(model, suite.selection, wording=suite.template, chat=wanted.chat)
+    seconds: list[float] = []
+    peak: list[float] = []
     equal = shares(adapters)
 
     def plan(form: FuseMethod) -> Change:
@@ -231,7 +238,7 @@ def _tuned(
         return change
 
     tuned = tune(
-        variants(method), plan, judge(model, select, chat=wanted.chat, wording=suite.template), len(select),
+        forms, plan, judge(model, select, chat=wanted.chat, wording=suite.template), len(select),
         first=wanted.first, lams=wanted.lams,
     )  # fmt: skip
     return tuned, {"seconds": min(seconds), "peak_mib": max(peak)}
@@ -243,6 +250,7 @@ class _Asking:
     def __init__(self, model: Model, test: Sequence[Instance], folder: Path, suite: Suite, wanted: Bench) -> None:
         self.model, self.test, self.alone = model, list(test), singles(test)
         self.folder, self.how = folder, {"chat": wanted.chat, "wording": suite.template}
+        self.run = _key(model, suite, wanted)  # a folder that the user named may hold another run's systems
         folder.mkdir(parents=True, exist_ok=True)
 
     def kept(self, name: str) -> Row | None:
@@ -250,7 +258,7 @@ class _Asking:
         if not place.is_file():
             return None
         raw = store.read_json(place)
-        if raw.get("instances") != self._mark():
+        if raw.get("instances") != self._mark() or raw.get("run", self.run) != self.run:
             return None
         return Row(name, _answers(self.test, raw["composed"]), _answers(self.alone, raw["alone"]), raw["facts"])
 
@@ -265,6 +273,7 @@ class _Asking:
         known = {**(facts or {}), "ppl": self._perplexity(change), "ask_seconds": ask_s}
         plain = {
             "name": name,
+            "run": self.run,
             "instances": self._mark(),
             "facts": known,
             "composed": _plain(composed),
@@ -315,9 +324,9 @@ def _result(model: Model, suite: Suite, wanted: Bench, rows: Mapping[str, Row], 
         contrasts[name] = {"base": asdict(paired(rows[name].composed, rows["base"].composed))}
         if "joint" in rows:
             contrasts[name]["joint"] = asdict(paired(rows[name].composed, rows["joint"].composed))
-        for against in {"cat", best, name.partition(">")[2]} - {name, None, ""}:
-            if against in rows:
-                contrasts[name][str(against)] = asdict(paired(rows[name].composed, rows[str(against)].composed))
+        for against in dict.fromkeys(["cat", best, name.partition(">")[2]]):
+            if against is not None and against in rows and against != name:
+                contrasts[name][against] = asdict(paired(rows[name].composed, rows[against].composed))
     return {
         "verb": "fuse", "model": model.source, "data": suite.name, "n": len(rows["base"].composed.instances),
         "seed": wanted.seed, "environment": environment(model) | {"settings": _told(wanted), "suite": dict(suite.facts)},

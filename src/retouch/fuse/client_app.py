@@ -30,14 +30,14 @@ THREADS = "RETOUCH_THREADS"
 app = ClientApp()
 
 
-@app.query("capabilities")
+@app.query("capabilities")  # type: ignore[untyped-decorator]
 def query(message: Message, context: Context) -> Message:
     """Answer what this edge can do."""
     spec, sharing = of_node(context.node_config)
     return Message(from_capabilities(capabilities(spec, sharing)), reply_to=message)
 
 
-@app.train("adapter")
+@app.train("adapter")  # type: ignore[untyped-decorator]
 def train(message: Message, context: Context) -> Message:
     """Do a task and answer with what may leave the edge."""
     logging.basicConfig(level=logging.INFO)

@@ -30,6 +30,10 @@ class Dare(Entrywise, FuseMethod):
 
     Shapes:
         Blocks of rows of all differences; factors (outputs, rank) and (rank, inputs).
+
+    Example:
+        >>> Dare(density=0.8).density
+        0.8
     """
 
     density: float = setting(0.5, "Probability that an entry stays; those that do are divided by it.", gt=0, le=1)

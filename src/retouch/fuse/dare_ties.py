@@ -30,6 +30,10 @@ class DareTies(Elected, FuseMethod):
 
     Shapes:
         Blocks of rows of all differences; factors (outputs, rank) and (rank, inputs).
+
+    Example:
+        >>> DareTies(space="core").label
+        'dare_ties@core'
     """
 
     density: float = setting(0.5, "Probability that an entry stays; those that do are divided by it.", gt=0, le=1)

@@ -34,6 +34,10 @@ class Della(Entrywise, FuseMethod):
     Shapes:
         Blocks of rows of all differences; factors (outputs, rank) and (rank, inputs).
 
+    Example:
+        >>> Della(density=0.5, epsilon=0.2).epsilon
+        0.2
+
     Raises:
         SettingsError: A probability would leave (0, 1].
     """

@@ -21,8 +21,9 @@ from typing import Any
 from .. import __version__, store
 from ..errors import RetouchError, UserError
 from ._processes import Program, Programs, executable
-from .cloud import Outcome, Run, save_run
+from .cloud import Outcome
 from .edge import EdgeSpec, Sharing, check_name
+from .runs import Run, save_run
 
 __all__ = [
     "Connection", "environment", "free_port", "join", "outcome_of", "register", "serve", "simulate_by_flower", "submit",
@@ -122,7 +123,9 @@ def serve(
     _require()
     folder = Path(folder).absolute()
     if keys is None and host not in ("127.0.0.1", "localhost", "::1"):
-        raise UserError(f"Serving on {host} without keys would let anybody join and read. Make keys: retouch fuse keys.")
+        raise UserError(
+            f"Serving on {host} without keys would let anybody join and read. Make keys: retouch fuse keys."
+        )
     command = [executable("flower-superlink"), "--host", host, "--port", str(port),
                "--disable-runtime-dependency-installation"]  # fmt: skip
     if keys is None:
@@ -135,7 +138,7 @@ def serve(
     home = folder / "flower"
     home.mkdir(parents=True, exist_ok=True)
     program = programs.start("The SuperLink", command, environment(home, more), folder / "superlink.log")
-    reached = "127.0.0.1" if host in ("0.0.0.0", "::") else host  # noqa: S104
+    reached = "127.0.0.1" if host in ("0.0.0.0", "::") else host
     program.wait_until(lambda: _listens(reached, port), _READY_S, f"listening on {host}:{port}")
     connection = Connection(f"{reached}:{port}", home, None if keys is None else Path(keys) / "ca.pem")
     _configure(connection)
@@ -157,9 +160,15 @@ def _listens(host: str, port: int) -> bool:
 
 def _configure(connection: Connection) -> None:
     """Write Flower's list of connections: ours alone."""
-    how = "insecure = true" if connection.ca is None else f"root-certificates = {json.dumps(str(connection.ca.absolute()))}"
+    how = (
+        "insecure = true"
+        if connection.ca is None
+        else f"root-certificates = {json.dumps(str(connection.ca.absolute()))}"
+    )
     connection.home.mkdir(parents=True, exist_ok=True)
-    text = f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\naddress = "{connection.address}"\n{how}\n'
+    text = (
+        f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\naddress = "{connection.address}"\n{how}\n'
+    )
     (connection.home / "config.toml").write_text(text, encoding="utf-8")
 
 
@@ -231,7 +240,13 @@ def _toml(value: object) -> str:
 
 
 def submit(
-    connection: Connection, run: Run, model: str, out: str | Path, *, federation: str = "", timeout_s: float | None = None
+    connection: Connection,
+    run: Run,
+    model: str,
+    out: str | Path,
+    *,
+    federation: str = "",
+    timeout_s: float | None = None,
 ) -> Outcome:
     """Carry out a run on the SuperLink of this machine and wait for it; started again, it asks only for what is missing.
 

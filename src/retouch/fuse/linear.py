@@ -37,6 +37,10 @@ class Linear(FuseMethod):
 
     Shapes:
         Factors (outputs, r) and (r, inputs) for adapters of rank r.
+
+    Example:
+        >>> Linear().gauge_dependent
+        True
     """
 
     form: Literal["fedit", "peft"] = setting(

@@ -27,6 +27,10 @@ class Magnitude(Entrywise, FuseMethod):
 
     Shapes:
         Blocks of rows of all differences; factors (outputs, rank) and (rank, inputs).
+
+    Example:
+        >>> Magnitude().averages
+        True
     """
 
     density: float = setting(0.5, "Share of an adapter's entries that is kept, of those that it could set.", gt=0, le=1)

@@ -111,7 +111,7 @@ def merge(
     if (tuned or limit is not None) and suite is None:
         raise UserError("Tuning the scale, and certifying a drop, need questions of the domains: give --data.")
     share = shares(adapters, weights)
-    ground = Ground(model, suite.selection if suite else {})
+    ground = _ground(model, suite, chat)
 
     def plan(form: FuseMethod) -> Change:
         return form.plan(adapters, share, ground, resolver)
@@ -121,7 +121,7 @@ def merge(
         k = min(4, len(suite.domains))
         rows = bundles(suite.selection, k, method.seed, n_bundles=n_selection) if k > 1 else _alone(suite.selection)
         asks = judge(model, rows, chat=chat, wording=suite.template)
-        chosen = tune(variants(method), plan, asks, len(rows), lams=lams)
+        chosen = tune(_forms(method), plan, asks, len(rows), lams=lams)
     change = chosen.change if chosen else plan(method)
     proof = None
     if limit is not None and suite is not None:
@@ -140,6 +140,8 @@ def merge_to_folder(
 ) -> None:
     """Fuse into a PEFT folder weight by weight: one weight's factors are in memory at a time.
 
+    Methods that choose the weights by questions need `merge`, and `write_adapter` after it.
+
     Raises:
         UserError: As `merge`.
         StoreError: The folder cannot be written.
@@ -152,6 +154,18 @@ def merge_to_folder(
     ranks = {name: min(rank, *model.anatomy.shape(name)) for name, rank in ranks.items()}
     parts = method.stream(adapters, share, Ground(model), resolver)
     write_adapter(out, parts, ranks, model, notes=_notes(adapters, share, method, resolver))
+
+
+def _ground(model: Model, suite: Suite | None, chat: bool) -> Ground:
+    if suite is None:
+        return Ground(model)
+    return Ground(model, suite.selection, wording=suite.template, chat=chat)
+
+
+def _forms(method: FuseMethod) -> Mapping[str, FuseMethod]:
+    """Tune a density only where it was left as it is by default."""
+    default = {f.name: f.default for f in dataclasses.fields(method)}.get("density")
+    return variants(method) if getattr(method, "density", None) == default else {"": method}
 
 
 def _notes(
@@ -200,10 +214,27 @@ def _report(
         )
     if proof is not None:
         tables.append(proof.table())
+    tables += _weighed(change)
     tables.append(screen_table(screen(adapters)))
     numbers = {
         "method": change.method, "settings": dict(change.settings), "conflict": found.numbers,
-        "adapters": dict(zip(names, share)), "proof": None if proof is None else proof.to_dict(),
+        "adapters": dict(zip(names, change.notes.get("weights", share))), "weighing": change.notes.get("weighing"),
+        "proof": None if proof is None else proof.to_dict(),
     }  # fmt: skip
     sentence = f"{len(adapters)} adapters fused by {change.method}. {found.summary}"
     return Report("Fused adapters", sentence, model.source, tuple(tables), found.pictures, numbers)
+
+
+def _weighed(change: Change) -> list[Table]:
+    """Show the weights that a method has chosen, and what each domain's bound costs."""
+    told = change.notes.get("weighing")
+    if not told:
+        return []
+    rows = tuple(zip(change.notes["adapters"], change.notes["weights"]))
+    tables = [Table("Weights that were chosen", ("adapter", "weight"), rows, "Chosen on selection questions.")]
+    if "multipliers" in told:
+        columns = ("multipliers", "harm", "harm_allowed", "drop", "reference")
+        prices = tuple((domain, *(told[c][domain] for c in columns)) for domain in told["multipliers"])
+        heads = ("domain", "multiplier", "harm in nats", "allowed", "drop", "against")
+        tables.append(Table("What the bounds cost", heads, prices, told["meaning"]))
+    return tables

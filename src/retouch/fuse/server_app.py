@@ -19,8 +19,9 @@ from ..errors import RetouchError, StoreError
 from ..model import open_model
 from ._records import from_task, to_capabilities, to_upload
 from .client_app import same_threads
-from .cloud import Assignment, Cloud, Outcome, open_run
+from .cloud import Assignment, Cloud, Outcome
 from .edge import Capabilities, keep_package
+from .runs import open_run
 
 __all__ = ["app", "main", "serve_run", "take", "told_error"]
 
@@ -41,7 +42,7 @@ _ERRORS = {
 app = ServerApp()
 
 
-@app.main()
+@app.main()  # type: ignore[untyped-decorator]
 def main(grid: Grid, context: Context) -> None:
     """Serve the run that lies in the folder which the run's configuration names."""
     logging.basicConfig(level=logging.INFO)

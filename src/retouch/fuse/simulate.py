@@ -9,8 +9,9 @@ from typing import Literal
 from ..errors import StoreError, UserError
 from ..model import Model, open_model
 from ..progress import track
-from .cloud import Cloud, Outcome, Run, save_run
+from .cloud import Cloud, Outcome
 from .edge import EdgeSpec, Sharing, capabilities, perform
+from .runs import Run, save_run
 from .train import read_examples
 
 __all__ = ["simulate"]

@@ -31,6 +31,10 @@ class Ties(Elected, FuseMethod):
 
     Shapes:
         Blocks of rows of all differences; factors (outputs, rank) and (rank, inputs).
+
+    Example:
+        >>> Ties(space="core").label
+        'ties@core'
     """
 
     density: float = setting(0.2, "Share of an adapter's entries that is kept, of those that it could set.", gt=0, le=1)

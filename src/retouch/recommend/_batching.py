@@ -39,13 +39,14 @@ class Batcher:
 
     def __init__(self, work: Work, most: int, wait_s: float) -> None:
         self.work, self.most, self.wait_s = work, most, wait_s
-        self._queue: asyncio.Queue[_Asked | None] = asyncio.Queue()
-        self._thread = ThreadPoolExecutor(1, "retouch-answers")
         self._task: asyncio.Task[None] | None = None
-        self._closed = False
+        self._closed = True
 
     def start(self) -> None:
-        """Begin to compute."""
+        """Begin to compute, in the loop that is running."""
+        self._queue: asyncio.Queue[_Asked | None] = asyncio.Queue()
+        self._thread = ThreadPoolExecutor(1, "retouch-answers")
+        self._closed = False
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def stop(self) -> None:

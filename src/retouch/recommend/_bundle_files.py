@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -165,20 +165,20 @@ def load_generator(path: Path, facts: Facts, catalogue: Catalogue) -> Generator:
     return made.eval().requires_grad_(False)
 
 
-def load_part(path: Path, part: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put values into a network, after a check of names, shapes and types.
+def load_part(path: Path, part: nn.Module, tensors: Mapping[str, Tensor], inside: str = "") -> None:
+    """Put values into a network, after a check of names, shapes and types; `inside` is where a file has them.
 
     Raises:
         StoreError: One is missing, extra, or of another shape or type.
     """
     wanted = part.state_dict()
     for name in sorted(wanted.keys() ^ tensors.keys()):
-        raise StoreError(f"{path} {'lacks' if name in wanted else 'also holds'} {name!r}. {AGAIN}")
+        raise StoreError(f"{path} {'lacks' if name in wanted else 'also holds'} {inside + name!r}. {AGAIN}")
     for name, value in wanted.items():
         got = tensors[name]
         if got.shape != value.shape or got.dtype != value.dtype:
             raise StoreError(
-                f"{path}: {name!r} is {tuple(got.shape)} {got.dtype} and must be {tuple(value.shape)} {value.dtype}. "
+                f"{path}: {inside + name!r} is {tuple(got.shape)} {got.dtype} and must be {tuple(value.shape)} {value.dtype}. "
                 f"{AGAIN}"
             )
     part.load_state_dict(tensors)
@@ -211,6 +211,9 @@ _TYPES: Mapping[str, type | tuple[type, ...]] = {
 }  # fmt: skip
 
 
+_CONTEXTS = ("reference", "policy")
+
+
 def read_record(path: Path) -> dict[str, Any]:
     """Read ``retouch.json``.
 
@@ -229,10 +232,28 @@ def read_record(path: Path) -> dict[str, Any]:
     wrong = [name for name, kinds in _TYPES.items() if not isinstance(record.get(name, ...), kinds)]
     if wrong or record["serves"] not in ("policy", "reference"):
         raise StoreError(f"{path}: {RECORD} lacks {(wrong or ['serves'])[0]!r} or holds something else there. {AGAIN}")
+    told = record["knowledge"]
+    if told is not None and not (isinstance(told.get("source"), dict) and told.get("context") in _CONTEXTS):
+        raise StoreError(f"{path}: {RECORD} does not describe its source of knowledge. {AGAIN}")
     return record
 
 
-def card(record: Facts, shelf: Shelf, catalogue: Catalogue, proof: str) -> str:
+_WHAT = {
+    ITEMS: "the items: raw id, texts, codes, training count",
+    REFERENCE: "the recommender without knowledge",
+    CHANGE: "the values that stand in for the reference's; without them it is the reference, bit for bit",
+    KNOWLEDGE: "instructions, fusion and gate",
+    TRIE: "the codes; the tree of them is built when the bundle is opened",
+    PROTOTYPES: "what stands in for the knowledge of people who have no record",
+    TOKENISER: "gives new items their codes",
+    CERTIFICATE: "the proof",
+    ARRAYS: "what the proof is computed from",
+    TRAINING: "how it was trained",
+    RECORD: "settings, sizes, versions and fingerprints, for programs",
+}
+
+
+def card(record: Facts, shelf: Shelf, catalogue: Catalogue, proof: str, present: Collection[str]) -> str:
     """Write the page for people."""
     data, told = record["data"], record["knowledge"]
     source = (told or {}).get("source", {"kind": "none"})
@@ -251,21 +272,12 @@ def card(record: Facts, shelf: Shelf, catalogue: Catalogue, proof: str) -> str:
         f"- {proof}",
         f"- Knowledge comes from {asks or source.get('llm_name')}. Serving needs no language model; making records does.",
         "",
-        "    retouch recommend for THIS --history ID ID",
-        "    retouch recommend nearline THIS --store sqlite:knowledge.db --users histories.csv",
+        "    retouch recommend for THIS --history "TITLE; TITLE"",
+        "    retouch recommend nearline THIS --store sqlite:knowledge.db --histories histories.csv",
         "    retouch recommend serve THIS --store sqlite:knowledge.db",
         "",
         "| file | what it is |",
         "| --- | --- |",
-        f"| {ITEMS} | the items: raw id, texts, codes, training count |",
-        f"| {REFERENCE} | the recommender without knowledge |",
-        f"| {CHANGE} | the values that stand in for the reference's; without them it is the reference, bit for bit |",
-        f"| {KNOWLEDGE} | instructions, fusion and gate |",
-        f"| {TRIE} | the codes; the tree of them is built when the bundle is opened |",
-        f"| {PROTOTYPES} | what stands in for the knowledge of people who have no record |",
-        f"| {TOKENISER} | gives new items their codes |",
-        f"| {CERTIFICATE}, {ARRAYS} | the proof, and what it is computed from |",
-        f"| {TRAINING} | how it was trained |",
-        f"| {RECORD} | settings, sizes, versions and fingerprints, for programs |",
+        *(f"| {name} | {what} |" for name, what in _WHAT.items() if name in present or name == RECORD),
         "",
     ])  # fmt: skip

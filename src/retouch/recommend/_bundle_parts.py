@@ -129,8 +129,8 @@ def load_parts(path: Path, facts: Facts, d_model: int) -> tuple[AnyInstructions,
             fusion = Fusion(d_model, facts["d_llm"], **facts["fusion"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise StoreError(f"{path} does not fit the description in {RECORD}: {error!r}. {AGAIN}") from error
-    load_part(path, instructions, groups["instructions"])
-    load_part(path, fusion, groups["fusion"])
+    load_part(path, instructions, groups["instructions"], "instructions.")
+    load_part(path, fusion, groups["fusion"], "fusion.")
     return instructions.eval(), fusion.eval(), groups["source_part"]
 
 
@@ -158,7 +158,7 @@ def load_source(
         if vectors is None or tuple(vectors.shape) != (len(titles), facts["d_llm"]):
             raise StoreError(f"{path} lacks the text vectors of {len(titles)} items. {AGAIN}")
         text = TextKnowledge(vectors.numpy(), n_history)
-        load_part(path, text, own)
+        load_part(path, text, own, "source_part.")
         return text.eval()
     if model is None:
         return None
@@ -168,7 +168,7 @@ def load_source(
     with torch.random.fork_rng(devices=[]):
         fixed = FixedKnowledge(source)
     fixed.ask(instructions.state_dict()["tokens"].to(model.device))
-    load_part(path, fixed, own)
+    load_part(path, fixed, own, "source_part.")
     return fixed.eval()
 
 

@@ -6,6 +6,7 @@ certifies it. Every stage is found again by the content of what made it, so an i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from .. import store
 from ..change import versions
-from ..errors import StoreError, unknown
+from ..errors import StoreError, UserError, unknown
 from ..report import Report, Table
 from .base import Run
 from .bundle import save_bundle
@@ -27,7 +28,7 @@ from .evidence import collect, next_attempt, slice_key
 from .generator_fit import fit_reference
 from .health import Health, examine_catalogue, require
 from .lwgr import LWGR
-from .prototypes import fit_prototypes, on_prototypes
+from .prototypes import Prototypes, fit_prototypes, on_prototypes
 from .reference import ReferenceSettings
 from .scorer import GenerativeScorer
 from .splits import Splits, split
@@ -38,14 +39,14 @@ if TYPE_CHECKING:
     from ..model import Model
     from .fitted import PolicyScorer
     from .generator import Generator
-    from .prototypes import Prototypes
     from .tokenise import Fitted
 
-__all__ = ["STALE", "TOKENISERS", "Made", "Prepared", "Tokens", "fit", "prepare", "rungs"]
+__all__ = ["STALE", "TOKENISERS", "Made", "Prepared", "Tokens", "check_device", "fit", "prepare", "rungs"]
 
 STALE = 8
 """Items by which knowledge may be too old on the rung ``stale``."""
 TOKENISERS = ("rq_kmeans", "rq_vae", "opq")
+_TOKENISER, _CATALOGUE, _PROTOTYPES = "tokeniser.safetensors", "catalogue.safetensors", "prototypes.safetensors"
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,8 @@ class Made:
             fitted=self.policy, certificate=self.certified, settings=self.settings, llm=self.llm, prototypes=self.prototypes,
         )  # fmt: skip
 
-    def report(self) -> Report:
-        """Return it all for people and programs."""
+    def report(self, pictures: bool = False) -> Report:
+        """Return it all for people and programs; pictures need matplotlib."""
         new, old = self.evaluations["policy"], self.evaluations["reference"]
         tables = (
             _results(self.evaluations),
@@ -136,18 +137,30 @@ class Made:
             "evaluations": {n: e.to_json() for n, e in self.evaluations.items()}, "health": self.prepared.health.to_dict(),
         }  # fmt: skip
         name = self.prepared.data.name
-        return Report(f"Recommending {name}", self.certified.sentence(), name, tables, _pictures(self), numbers)
+        return Report(
+            f"Recommending {name}",
+            self.certified.sentence(),
+            name,
+            tables,
+            _pictures(self) if pictures else (),
+            numbers,
+        )
 
 
 def _pictures(made: Made) -> tuple[Any, ...]:
     from .._plots import plot_curve
 
     history = made.policy.record.get("history") or {}
-    steps = [float(i) for i in range(len(next(iter(history.values()), [])))]
-    curves = {name: [float(v) for v in row] for name, row in history.items() if name.startswith(("price", "harm"))}
-    if len(steps) < 2 or not curves:
+    curves = {
+        f"{column}, {group}": [math.nan if v < 0 else v for v in columns[column]]  # below 0: the group was absent
+        for group, columns in history.items()
+        for column in ("price", "smoothed")
+    }
+    n_steps = len(next(iter(curves.values()), ()))
+    if n_steps < 2:
         return ()
-    return (plot_curve(steps, curves, "step", "price, harm", "The constraint while training"),)
+    steps = [float(i) for i in range(n_steps)]
+    return (plot_curve(steps, curves, "step", "price, smoothed harm", "The constraint while training"),)
 
 
 def _results(evaluations: Mapping[str, Evaluation]) -> Table:
@@ -219,7 +232,7 @@ def _codes(
 ) -> tuple[Fitted, Catalogue]:
     try:
         store.check_folder(place)
-        return load_tokeniser(place / "tokeniser.safetensors"), Catalogue.load(place / "catalogue.safetensors")
+        return load_tokeniser(place / _TOKENISER), Catalogue.load(place / _CATALOGUE)
     except StoreError:
         pass  # not there, or not whole: made anew
     from .opq import OPQ
@@ -229,13 +242,9 @@ def _codes(
     kinds: dict[str, Any] = {"rq_kmeans": RQKMeans, "rq_vae": RQVAE, "opq": OPQ}
     settings = kinds[tokens.tokeniser](codes=tokens.codes)
     fitted, catalogue = tokenise(settings, vectors, first, [item.id for item in data.items], seed)
-
-    def build(folder: Path) -> None:
-        fitted.save(folder / "tokeniser.safetensors")
-        catalogue.save(folder / "catalogue.safetensors")
-
     with store.writing(place) as new:
-        build(new)
+        fitted.save(new / _TOKENISER)
+        catalogue.save(new / _CATALOGUE)
     return fitted, catalogue
 
 
@@ -265,7 +274,11 @@ def fit(
 
     Returns:
         Everything, whether or not the certificate holds: see `certificate.require`.
+
+    Raises:
+        UserError: There is no such device, or the method lacks something, such as the language model.
     """
+    check_device(device)
     method, reference = method or LWGR(), reference or ReferenceSettings()
     p = prepared
     generator = fit_reference(
@@ -274,12 +287,10 @@ def fit(
     run = Run(p.data, p.splits, p.catalogue, p.folder, generator, llm, n_history, device)
     policy = method.fit(run)
     base = GenerativeScorer(generator, p.catalogue, p.data, beams=method.beams, full=method.full)
-    prototypes = fit_prototypes(policy, p.splits)
+    prototypes = _prototypes(p, policy)
     served = rungs(policy) | {"prototype": on_prototypes(policy, prototypes)}
     settled = method.settled()
-    looks = store.cache_dir() / "recommend" / "looks.json"
-    looks.parent.mkdir(parents=True, exist_ok=True)
-    attempt = next_attempt(looks, slice_key(p.data, p.splits))  # counted before it happens
+    attempt = _attempt(p, policy)  # counted before it happens
     found = collect(
         p.data, p.splits, base, served, len(p.catalogue.sizes), compared=compared or {}, salt=p.data.fingerprint
     )
@@ -295,6 +306,49 @@ def fit(
     both = {"reference": base, "policy": policy}
     evaluations = {name: evaluate(scorer, p.data, p.splits, n_history=n_history) for name, scorer in both.items()}
     return Made(p, settings, generator, policy, certify(found, terms, about), evaluations, prototypes, llm)
+
+
+def _prototypes(p: Prepared, policy: PolicyScorer) -> Prototypes:
+    """Find the policy's prototypes again, or ask the language model about the training users."""
+    place = p.folder / f"prototypes-{policy.record['key'][:12]}"
+    try:
+        store.check_folder(place)
+        return Prototypes.load(place / _PROTOTYPES)
+    except StoreError:
+        pass
+    made = fit_prototypes(policy, p.splits)
+    with store.writing(place) as new:
+        made.save(new / _PROTOTYPES)
+    return made
+
+
+def _attempt(p: Prepared, policy: PolicyScorer) -> int:
+    """Count a look at the certificate's users; the same policy, measured again in the same way, is the same look."""
+    key = slice_key(p.data, p.splits)
+    how = store.key(policy=policy.record["key"], how=[policy.beams, policy.full, policy.filter_seen], slice=key)
+    place = p.folder / f"look-{how[:12]}.json"
+    if place.is_file():
+        return int(store.read_json(place)["attempt"])
+    counts = store.cache_dir() / "recommend" / "looks.json"
+    counts.parent.mkdir(parents=True, exist_ok=True)
+    attempt = next_attempt(counts, key)
+    store.write_json_atomic(place, {"attempt": attempt})
+    return attempt
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that is not here, before any work.
+
+    Raises:
+        UserError: It is neither ``cpu`` nor a GPU that torch finds.
+    """
+    import torch
+
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"Device {device!r} cannot be used: {str(error).splitlines()[0]} Give cpu, or cuda where torch "
+                        "finds a GPU.") from error  # fmt: skip
 
 
 def rungs(policy: PolicyScorer) -> dict[str, PolicyScorer]:

@@ -14,7 +14,8 @@ from .. import store
 from ..errors import StoreError
 from ..measure import environment
 from ..model import Model
-from .api import Prepared
+from ._bundle_files import plain
+from .api import Prepared, check_device
 from .base import Recommender, Run, Scorer
 from .certificate import Terms, certify
 from .evaluate import evaluate
@@ -60,7 +61,11 @@ def run(prepared: Prepared, wanted: Bench, model: Model | None, out: Path) -> di
     Returns:
         What was written: ``methods`` by name, with paired differences from the reference under ``against_reference``
         and from ``continued`` under ``against_continued``.
+
+    Raises:
+        UserError: There is no such device, or a method lacks something, such as the language model.
     """
+    check_device(wanted.device)
     p = prepared
     generator = fit_reference(
         p.data, p.splits, p.catalogue, wanted.reference, p.folder, n_history=wanted.n_history, device=wanted.device
@@ -99,7 +104,8 @@ def _kept(place: Path) -> dict[str, Any] | None:
 def _measured(p: Prepared, wanted: Bench, method: Recommender, given: Run, base: Scorer) -> dict[str, Any]:
     start = time.perf_counter()
     scorer = method.fit(given)
-    seconds = time.perf_counter() - start
+    record = getattr(scorer, "record", None) or getattr(getattr(scorer, "generator", None), "record", None) or {}
+    seconds = max(time.perf_counter() - start, record.get("seconds", 0.0))  # also where training was found again
     found = evaluate(scorer, p.data, p.splits, seed=wanted.seed, n_history=wanted.n_history)
     evidence = collect(p.data, p.splits, base, {"fresh": scorer}, len(p.catalogue.sizes))
     line = certify(evidence, Terms(wanted.limit, seed=p.splits.seed)).line()
@@ -109,9 +115,8 @@ def _measured(p: Prepared, wanted: Bench, method: Recommender, given: Run, base:
         "broken": list(found.broken), "settings": method.to_dict(), "users": found.users.tolist(),
         "values": np.round(found.values, 6).tolist(), "coverage_check": _covers(evidence, wanted),
     }  # fmt: skip
-    record = getattr(scorer, "record", None)
-    if isinstance(method, LWGR) and record:
-        row["training"] = {k: v for k, v in record.items() if k not in ("history", "settings")}
+    if isinstance(method, LWGR):
+        row["training"] = plain({k: v for k, v in record.items() if k not in ("history", "settings")})
     if wanted.filter_seen and hasattr(scorer, "filter_seen"):
         fitted: Any = scorer
         hidden = evaluate(
@@ -167,5 +172,5 @@ def _key(p: Prepared, wanted: Bench, model: Model | None) -> str:
     return store.key(
         data=p.data.fingerprint, codes=store.key(codes=p.catalogue.codes.tolist()), reference=wanted.reference.to_dict(),
         splits=[p.splits.how, p.splits.holdout, p.splits.seed], model=None if model is None else model.fingerprint,
-        n_history=wanted.n_history, limit=wanted.limit, filter_seen=wanted.filter_seen, format=1,
+        n_history=wanted.n_history, limit=wanted.limit, filter_seen=wanted.filter_seen, seed=wanted.seed, format=1,
     )  # fmt: skip

@@ -245,7 +245,7 @@ def save_bundle(
         proof = "It has no certificate." if certificate is None else certificate.sentence()
         text = json.dumps(record, indent=1, ensure_ascii=False, sort_keys=True, allow_nan=False)
         (folder / files.RECORD).write_text(text + "\n", encoding="utf-8")
-        (folder / files.CARD).write_text(files.card(record, shelf, catalogue, proof), encoding="utf-8")
+        (folder / files.CARD).write_text(files.card(record, shelf, catalogue, proof, hashes), encoding="utf-8")
 
 
 def _parts_of(fitted: PolicyScorer, reference: Generator) -> tuple[Policy, LWGR]:

@@ -303,24 +303,25 @@ def watch(
     """
     settings = settings or NearlineSettings()
     memo = Memo(bundle, knowledge if settings.remember else None, settings.memo_entries)
-    position, whole, next_sweep = 0, Done(), 0.0
-    sweeping = True
+    position, whole, sweeping, next_sweep = 0, Done(), True, 0.0
     while not stop.is_set():
+        page, done = list[tuple[int, str]](), Done()
         try:
             if not sweeping and time.monotonic() >= next_sweep:
                 position, whole, sweeping = 0, Done(), True
             page = knowledge.changed(position, limit)
             done = _page(bundle, knowledge, settings, memo, [user for _, user in page])
-            if page:
-                position, whole = page[-1][0], whole + done
-                yield done
-                continue
-            if sweeping:
+            position, whole = page[-1][0] if page else position, whole + done
+            if sweeping and len(page) < limit:  # not at an empty page, which a busy shop never has
                 sweeping, next_sweep = False, time.monotonic() + settings.sweep_s
                 activate = activate and not _flip(bundle, knowledge, settings, whole)
         except StoreDown as error:
             _log.warning("nearline waits: %s", error)
-        stop.wait(settings.poll_s)
+            done = Done()
+        if done.users:
+            yield done
+        if len(page) < limit:
+            stop.wait(settings.poll_s)
 
 
 def _page(bundle: Bundle, knowledge: Store, settings: NearlineSettings, memo: Memo, users: Sequence[str]) -> Done:

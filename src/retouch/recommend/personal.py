@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,9 @@ import numpy as np
 import torch
 
 from ..errors import UserError
+from ..model import open_model
+from ..store import check_folder
+from ._bundle_files import read_record
 from .answers import Answer, Request
 from .base import Item
 from .bundle import Bundle
@@ -22,13 +25,39 @@ from .evidence import collect
 from .ladder import answer
 from .nearline import read_histories, records
 from .scorer import GenerativeScorer
-from .splits import CERTIFICATE, Samples, Splits
+from .splits import CERTIFICATE, Samples, Splits, windows
 from .stores import Past, Store, open_store
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["answer_for", "certify_on", "codes_of", "items_of"]
+    from ..model import Model
+
+__all__ = ["answer_for", "certify_on", "codes_of", "items_of", "language_model"]
+
+
+def language_model(bundle: str | Path, source: str = "") -> Model:
+    """Open the language model that a bundle was fitted with, or another copy of it.
+
+    Args:
+        bundle: The folder; it need not be opened yet.
+        source: What `retouch.model.open_model` takes; empty: what the bundle names.
+
+    Raises:
+        StoreError: The folder is no bundle.
+        UserError: The bundle names no language model, or it cannot be opened.
+    """
+    check_folder(bundle)
+    told = read_record(Path(bundle))["settings"].get("llm")
+    if source:
+        return open_model(source)
+    if not isinstance(told, str):
+        raise UserError(f"{bundle} does not say which language model it was fitted with; name it with --llm.")
+    try:
+        return open_model(told)
+    except UserError as error:
+        raise UserError(f"{bundle} was fitted with {told!r}, which does not open: {error} If it is elsewhere now, name "
+                        "it with --llm.") from error  # fmt: skip
 
 
 def items_of(bundle: Bundle, history: str) -> tuple[str, ...]:
@@ -97,8 +126,8 @@ def answer_for(
             held.callback(kept.close)
         if ask:
             known = taken if taken is not None else _stored(kept, user)
-            kept = _asked(bundle, known, held)
             user, taken = user or "asked now", known
+            kept = _asked(bundle, user, known, held)
         return answer(bundle, kept, [Request(user or None, taken, k, explain=explain)])[0]
 
 
@@ -109,14 +138,14 @@ def _stored(kept: Store | None, user: str) -> tuple[str, ...]:
     return past.items
 
 
-def _asked(bundle: Bundle, history: Sequence[str], held: ExitStack) -> Store:
+def _asked(bundle: Bundle, user: str, history: Sequence[str], held: ExitStack) -> Store:
     """Make the record of one history, in a store that ends with the question."""
     folder = held.enter_context(tempfile.TemporaryDirectory())
     kept = open_store(f"sqlite:{Path(folder) / 'now.db'}")
     held.callback(kept.close)
     past = Past(tuple(history), len(history))
-    made = records(bundle, [("asked now", past)], int(time.time() * 1000))
-    kept.put_many({"asked now": made[0]}, bundle.fingerprint)
+    made = records(bundle, [(user, past)], int(time.time() * 1000))
+    kept.put_many({user: made[0]}, bundle.fingerprint)
     kept.activate(bundle.fingerprint)
     return kept
 
@@ -124,27 +153,29 @@ def _asked(bundle: Bundle, history: Sequence[str], held: ExitStack) -> Store:
 # ---------------------------------------------------------------- fresh histories
 
 
-def certify_on(bundle: Bundle, path: str | Path, limit: float | None = None) -> Certified:
+def certify_on(bundle: Bundle, path: str | Path, limit: float | None = None, **columns: str) -> Certified:
     """Certify what a bundle serves on the last items of fresh histories: those of users after training.
 
     Args:
         bundle: Opened with its language model.
         path: Histories, as `read_histories` reads them.
         limit: The mean harm that is allowed; by default the bundle's own.
+        **columns: Of `read_histories`: ``format``, ``user``, ``item``, ``time``.
 
     Raises:
-        UserError: Nobody has two known items, or the bundle cannot ask.
+        UserError: Nobody has two known items, the bundle cannot ask, or the limit is not above 0.
     """
+    limit = float(bundle.certificate.get("bound", {}).get("limit", 0.03)) if limit is None else limit
+    if not limit > 0:
+        raise UserError(f"The limit of harm must be above 0, in nats per code; got {limit:g}.")
     if not bundle.asks or bundle.knowing is None:
         raise UserError(f"{bundle.path} was opened without its language model; fresh knowledge cannot be made.")
-    data = _known(bundle, path)
+    data = _known(bundle, path, columns)
     splits = _all_held(bundle, data)
     base = GenerativeScorer(bundle.reference, bundle.catalogue, data)
     knowing: Any = bundle.knowing
 
     def told(samples: Samples) -> torch.Tensor:
-        from .splits import windows
-
         found: torch.Tensor = knowing.residuals(windows(data, samples, bundle.n_history)[0])
         return found
 
@@ -152,13 +183,12 @@ def certify_on(bundle: Bundle, path: str | Path, limit: float | None = None) -> 
         knowing.generator, bundle.catalogue, data, residuals=told, window_residuals=knowing.residuals
     )
     evidence = collect(data, splits, base, {"fresh": fresh}, len(bundle.catalogue.sizes))
-    own = bundle.certificate.get("bound", {}).get("limit", 0.03)
-    return certify(evidence, Terms(limit or float(own)), {"data": data.fingerprint, "bundle": bundle.fingerprint})
+    return certify(evidence, Terms(limit), {"data": data.fingerprint, "bundle": bundle.fingerprint})
 
 
-def _known(bundle: Bundle, path: str | Path) -> Interactions:
+def _known(bundle: Bundle, path: str | Path, columns: Mapping[str, str]) -> Interactions:
     rows: dict[str, NDArray[np.int32]] = {}
-    for user, past in read_histories(path).items():
+    for user, past in read_histories(path, **columns).items():
         numbers = [n for n in map(bundle.numbers.get, past.items) if n is not None]
         if len(numbers) >= 2:
             rows[user] = np.array(numbers, np.int32)

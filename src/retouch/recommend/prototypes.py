@@ -74,10 +74,10 @@ class Prototypes:
             UserError: There are no users, or a code is none of its book's.
 
         Example:
-            >>> made = Prototypes.fit(np.array([[0], [0], [1]]), np.array([[1.0], [3.0], [9.0]], np.float32), (2,), 2)
+            >>> made = Prototypes.fit(np.array([[0], [0], [1]]), np.array([[1.0], [3.0], [8.0]], np.float32), (2,), 2)
             >>> vectors, depth = made.of(np.array([[0], [1]]))
-            >>> vectors[:, 0].round(2).tolist(), depth.tolist()
-            ([2.0, 4.33], [1, 0])
+            >>> vectors[:, 0].tolist(), depth.tolist()
+            ([2.0, 4.0], [1, 0])
         """
         codes = codes.astype(np.int64)
         _check(codes, residuals, sizes)

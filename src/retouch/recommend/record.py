@@ -136,6 +136,12 @@ def decode(raw: bytes | None, versions: Versions | None = None, d_model: int | N
 
 
 def order(raw: bytes) -> tuple[int, int]:
-    """Return what decides whether a record replaces another: history length, then time."""
+    """Return what decides whether a record replaces another: history length, then time.
+
+    Raises:
+        UserError: The bytes are too few to be a record.
+    """
+    if len(raw) < _HEAD.size:
+        raise UserError(f"A knowledge record has at least {_HEAD.size} bytes; got {len(raw)}.")
     fields = _HEAD.unpack_from(raw)
     return int(fields[6]), int(fields[8])

@@ -49,6 +49,8 @@ CONFIG = "RETOUCH_SERVE"
 """The environment variable by which `run` tells its workers what to serve."""
 _POLL_S = 1.0
 _PATIENCE = 10
+_START_S = 120
+"""How long a worker may be silent: opening a bundle takes its time, and a worker that is given up starts anew."""
 
 
 def app(
@@ -260,6 +262,7 @@ def run(
             uvicorn.run(
                 f"{__name__}:from_environment", factory=True, host=host, port=port, workers=workers,
                 log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=30,
+                timeout_worker_healthcheck=_START_S,
             )  # fmt: skip
         finally:
             os.environ.pop(CONFIG, None)

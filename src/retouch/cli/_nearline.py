@@ -1,0 +1,175 @@
+"""``retouch recommend nearline, serve``: knowledge made before anybody asks, and answers over HTTP."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from . import _show
+from ._settings import EXTRA, method_of
+
+if TYPE_CHECKING:
+    from ..recommend.bundle import Bundle
+    from ..recommend.nearline import Done, NearlineSettings
+    from ..recommend.stores import Past, Store
+
+__all__ = ["add_to"]
+
+_BUNDLE = Annotated[Path, typer.Argument(help="What `recommend fit` wrote.")]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the commands to ``retouch recommend``."""
+    app.command(context_settings=EXTRA)(nearline)
+    app.command()(serve)
+
+
+def nearline(
+    context: typer.Context,
+    bundle: _BUNDLE,
+    store: Annotated[str, typer.Option(help="sqlite:PATH or redis://HOST:PORT/NUMBER.")] = "sqlite:knowledge.db",
+    histories: Annotated[
+        Path | None,
+        typer.Option(help="Who took what: any format of `recommend fit`, or JSON Lines; default: the store's."),
+    ] = None,
+    format: Annotated[str, typer.Option(help="Of the histories; default: by the file.")] = "",
+    user: Annotated[str, typer.Option(help="Column of users.")] = "user_id",
+    item: Annotated[str, typer.Option(help="Column of items.")] = "item_id",
+    time: Annotated[str, typer.Option(help="Column of times.")] = "timestamp",
+    llm: Annotated[str, typer.Option(help="The language model; default: the one it was fitted with.")] = "",
+    watch: Annotated[bool, typer.Option("--watch", help="Go on for as long as histories change.")] = False,
+    activate: Annotated[
+        bool, typer.Option(help="Let servers read these records once enough users are covered.")
+    ] = True,
+    rollback: Annotated[bool, typer.Option("--rollback", help="Only let servers read what they read before.")] = False,
+    ray: Annotated[bool, typer.Option("--ray", help="Spread over a Ray cluster; the records are the same.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Results for programs.")] = False,
+) -> None:
+    """Ask the language model about every user who needs it, and write what it knows to a store. Interrupted, it goes on.
+
+    Example: retouch recommend nearline bundle --store sqlite:knowledge.db --histories ml-100k
+    """
+    from ..errors import UserError
+    from ..recommend import nearline as work
+    from ..recommend.bundle import open_bundle
+    from ..recommend.personal import language_model
+    from ..recommend.stores import open_store
+
+    settings = method_of(context, work.NearlineSettings)
+    if watch and (ray or json_):
+        raise UserError("--watch works in this process and tells what it does on stderr: leave out --ray and --json.")
+    if rollback:
+        _roll_back(store, json_)
+        return
+    known = None
+    if histories is not None:
+        known = work.read_histories(histories, format=format, user=user, item=item, time=time)
+    with _show.progress():
+        opened = open_bundle(bundle, knowledge=language_model(bundle, llm))
+        kept = open_store(store)
+        try:
+            if known is not None:
+                kept.put_histories(known)
+            if watch:
+                _watch(opened, kept, settings, activate)
+                return
+            users = known or _all_histories(kept, store)
+            done = work.refresh(
+                opened, kept, users, settings, checkpoint=_mark(bundle, store), activate=activate,
+                way="ray" if ray else "here",
+            )  # fmt: skip
+            active = kept.active()
+        finally:
+            kept.close()
+    if json_:
+        _show.emit({"store": store, "namespace": opened.fingerprint, "active": active, **done.to_dict()})
+        return
+    _show.say(_sentence(done))
+    reads = "read" if active == opened.fingerprint else "do not yet read"
+    _show.say(f"Servers {reads} these records (namespace {opened.fingerprint[:12]}).")
+    _show.say(f"Next: retouch recommend serve {bundle} --store {store}")
+
+
+def _roll_back(store: str, json_: bool) -> None:
+    from ..recommend.stores import open_store
+
+    kept = open_store(store)
+    try:
+        namespace = kept.rollback()
+    finally:
+        kept.close()
+    if json_:
+        _show.emit({"store": store, "active": namespace})
+    else:
+        _show.say(f"Servers read namespace {namespace[:12]} again.")
+
+
+def _mark(bundle: Path, store: str) -> Path:
+    """Name the file that remembers how far a run over one store came."""
+    from ..store import cache_dir, key
+
+    place = cache_dir() / "recommend" / f"nearline-{key(bundle=str(bundle.absolute()), store=store)[:16]}.json"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    return place
+
+
+def _sentence(done: Done) -> str:
+    failed = f", {len(done.failed)} failed (first: {done.failed[0][1]})" if done.failed else ""
+    return (
+        f"{done.users:,} users: {done.written:,} asked, {done.memo:,} remembered, {done.unchanged:,} needed nothing, "
+        f"{done.empty:,} without a known item{failed}; {done.coverage:.1%} covered."
+    )
+
+
+def _all_histories(kept: Store, store: str) -> dict[str, Past]:
+    from ..errors import UserError
+
+    position = 0
+    found: dict[str, Past] = {}
+    while page := kept.changed(position, 10_000):
+        names = [user for _, user in page]
+        found |= {user: past for user, past in zip(names, kept.histories(names)) if past is not None}
+        position = page[-1][0]
+    if not found:
+        raise UserError(f"The store {store} knows no histories yet. Name a file of them with --histories.")
+    return found
+
+
+def _watch(opened: Bundle, kept: Store, settings: NearlineSettings, activate: bool) -> None:
+    import signal
+    import sys
+    import threading
+
+    from ..recommend.nearline import watch
+
+    stop = threading.Event()
+    for sign in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(sign, lambda *_: stop.set())
+    for done in watch(opened, kept, settings, stop=stop, activate=activate):
+        sys.stderr.write(f"{_sentence(done)}\n")
+
+
+def serve(
+    bundle: _BUNDLE,
+    store: Annotated[str, typer.Option(help="sqlite:PATH or redis://HOST:PORT/NUMBER; empty: no knowledge.")] = "",
+    beside: Annotated[list[Path] | None, typer.Option(help="Bundles that take over when the store names them.")] = None,
+    host: Annotated[str, typer.Option(help="Where to listen; this machine alone by default.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Where to listen.")] = 8000,
+    workers: Annotated[int, typer.Option(help="Processes over one store.")] = 1,
+    token: Annotated[
+        Path | None, typer.Option(help="A file that holds what clients must send as bearer token.")
+    ] = None,
+    stock: Annotated[Path | None, typer.Option(help="A file of raw ids that nobody can have now, one a line.")] = None,
+) -> None:
+    """Answer requests over HTTP: POST /recommend, GET /health, /ready, /metrics; the API is described at /docs.
+
+    Example: retouch recommend serve bundle --store sqlite:knowledge.db --port 8000
+    """
+    import sys
+
+    from ..recommend.serve import run
+
+    sys.stderr.write(f"Serving {bundle} at http://{host}:{port} (Ctrl-C ends it; /docs describes the API).\n")
+    run(bundle, store, beside=beside or (), host=host, port=port, workers=workers, token=token, stock=stock)

@@ -8,6 +8,7 @@ import math
 
 import fuse_asked as made
 import pytest
+import torch
 
 from retouch import registry
 from retouch.errors import UserError
@@ -93,24 +94,34 @@ class Stop(KeyboardInterrupt):
     """Somebody pressed Ctrl-C."""
 
 
-@pytest.mark.parametrize("where", ["Training film", "fusing weights"])
-def test_an_interrupted_run_goes_on_to_the_same_result(model, suite, whole, tmp_path, where):
+def test_an_interrupted_run_goes_on_to_the_same_result(model, suite, whole, tmp_path):
     def stop(what, done, total):
-        if what == where and done:
+        if what == "fusing weights" and done:
             raise Stop
 
     with pytest.raises(Stop), listen(stop):
         bench.run(model, suite, wanted(), tmp_path / "out.json", tmp_path / "work")
     assert not (tmp_path / "out.json").exists()
-    kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "work").rglob("*.json")}
-    trained = []
-    with listen(lambda what, done, total: trained.append((what, done)) if what.startswith("Training") else None):
-        again = bench.run(model, suite, wanted(), tmp_path / "out.json", tmp_path / "work")
+    rows = {p: p.stat().st_mtime_ns for p in (tmp_path / "work" / "rows").iterdir()}
+    assert len(rows) == 5
+    again = bench.run(model, suite, wanted(), tmp_path / "out.json", tmp_path / "work")
     assert plain(again) == plain(whole)
-    rows = {p: t for p, t in kept.items() if p.parent.name == "rows"}
-    assert len(rows) == (5 if where == "fusing weights" else 0)
     assert all(p.stat().st_mtime_ns == t for p, t in rows.items())
+
+
+def test_edges_that_were_interrupted_train_on_to_the_same_adapters(model, suite, whole, work, tmp_path):
+    def stop(what, done, total):
+        if what == "Training film" and done:
+            raise Stop
+
+    with pytest.raises(Stop), listen(stop):
+        bench.edges(model, suite, wanted(joint=False), tmp_path)
+    trained = []
+    with listen(lambda what, done, total: trained.append((what, done))):
+        adapters, _ = bench.edges(model, suite, wanted(joint=False), tmp_path)
     assert ("Training law", 0) not in trained  # it had ended
+    for adapter, other in zip(adapters, bench.edges(model, suite, wanted(), work / "whole")[0]):
+        assert all(torch.equal(adapter.parts[n].left, p.left) for n, p in other.parts.items())
 
 
 def test_a_finished_run_asks_nothing_again(model, suite, whole, work):
@@ -131,7 +142,9 @@ def test_a_folder_of_another_run_gives_its_adapters_and_none_of_its_answers(mode
 
 def test_methods_that_weigh_are_asked_by_the_suites_own_template(model, suite, whole, work):
     """Its labels are single tokens in that template alone."""
-    asked_ = wanted("lorahub:n_evaluations=6,bounded:n_steps=3:n_rounds=1", {"cr-sign:space=core": CRSign(space="core")})
+    asked_ = wanted(
+        "lorahub:n_evaluations=6,bounded:n_steps=3:n_rounds=1", {"cr-sign:space=core": CRSign(space="core")}
+    )
     rows = bench.run(model, suite, asked_, work / "weighed.json", work / "whole")["methods"]
     for name in asked_.methods:
         assert [t["lam"] for t in rows[name]["tried"]] == [1.0]
@@ -146,9 +159,7 @@ def test_resolvers_stand_before_the_methods_that_can_follow():
 
 def test_guessing_is_no_result(model, suite, tmp_path):
     idle = dataclasses.replace(wanted("cat"), joint=False, lora=LoraSettings(rank=1, n_steps=1, learning_rate=1e-9))
-    mixed = {
-        d: tuple(dataclasses.replace(q, answer=i % 3) for i, q in enumerate(own)) for d, own in suite.test.items()
-    }
+    mixed = {d: tuple(dataclasses.replace(q, answer=i % 3) for i, q in enumerate(own)) for d, own in suite.test.items()}
     with pytest.raises(UserError, match="No signal"):
         bench.run(model, dataclasses.replace(suite, test=mixed), idle, tmp_path / "out.json", tmp_path / "work")
     assert not (tmp_path / "out.json").exists()
@@ -174,9 +185,7 @@ def test_too_many_questions_a_prompt_are_refused_before_any_training(model, suit
 def test_a_change_beside_the_weights_answers_as_the_changed_model(model, suite):
     change = as_change(made.adapter(model, "one", 0, size=2.0), lam=1.5)
     rows = bundles(suite.test, 2, n_bundles=2)
-    weights = {
-        model.anatomy.path(n) + ".weight": model.matrix(n) + p.delta().float() for n, p in change.parts.items()
-    }
+    weights = {model.anatomy.path(n) + ".weight": model.matrix(n) + p.delta().float() for n, p in change.parts.items()}
     beside = asked(model, change, rows, wording="synth")
     inside = asked(model.with_weights(weights), None, rows, wording="synth")
     assert beside.chosen == inside.chosen
@@ -202,4 +211,6 @@ def test_right_answers_stand_in_the_order_of_the_questions_whatever_the_order_of
         questions = sorted((i.parts[0] for i in rows if i.parts[0].domain == domain), key=lambda q: q.key)
         of = {i.parts[0].key: c[0] for i, c in zip(found.instances, found.chosen)}
         assert right.tolist() == [of[q.key] == q.answer for q in questions]
-    assert right_by_domain(Answers((Instance(0, rows[0].parts),), ((-1,),)))[rows[0].parts[0].domain].tolist() == [False]
+    assert right_by_domain(Answers((Instance(0, rows[0].parts),), ((-1,),)))[rows[0].parts[0].domain].tolist() == [
+        False
+    ]

@@ -435,3 +435,36 @@ def test_membership_is_seen_where_it_was_learnt(model: Model, edges: list[EdgeSp
     report = membership(model, open_adapter(outcome.fused, model), members, others)
     nothing = membership(model, None, members, members)
     assert report.auc > 0.8 and nothing.auc == 0.5 and report.low <= report.auc <= report.high
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def test_command_simulates_and_goes_on(tiny: Any, edges: list[EdgeSpec], tmp_path: Path, capsys: Any) -> None:
+    from retouch.cli import app
+
+    base = fuse_edges.base(tiny, tmp_path / "base")
+    words = ["fuse", "simulate", base, "-o", str(tmp_path / "run"), "--json", "--run", "text_tokens=512", "--rank", "4"]
+    words += ["--n-steps", "2", "--batch", "2", "--method", "cat:lam=0.5", "--share", "count=bucket"]
+    words += [w for e in edges for w in ("--edge", f"{e.name}={e.examples}:ratio={e.ratio}:rank={e.rank}")]
+    for resumed in ([], ["law", "news"]):
+        app(words, standalone_mode=False)
+        told = json.loads(capsys.readouterr().out)
+        assert told["edges"] == ["law", "news"] and told["resumed"] == resumed
+    assert told["facts"]["law"]["n_examples"] == "<100"
+    for wrong, match in (
+        (["--edge", "law"], "NAME=EXAMPLES"),
+        (["--edge", "law=x.jsonl:size=3"], "none of budget_mib"),
+        ([], "--demo"),
+        (["--edge", f"law={edges[0].examples}", "--share", "privacy=secagg-linear"], "not offered"),
+    ):
+        with pytest.raises(UserError, match=match):
+            app(["fuse", "simulate", base, *wrong], standalone_mode=False)
+
+
+def test_demo_sites_differ(tmp_path: Path) -> None:
+    from retouch.fuse._edges_demo import demo_edges
+
+    sites = demo_edges(tmp_path / "examples")
+    assert len({s.ratio for s in sites}) == 3
+    assert all(len(read_examples(s.examples)) == 12 for s in sites)

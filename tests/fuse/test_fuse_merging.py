@@ -65,7 +65,7 @@ def test_what_an_edge_could_not_see_is_read_from_its_zeros(model):
 def test_a_weight_that_training_left_at_zero_was_seen_whole(model):
     """B begins at zero: an adapter whose whole left factor is 0 learnt nothing there, its edge saw all of it."""
     one = made.adapter(model, "one", 0, plan="p")
-    down, query = made.WEIGHTS
+    query = made.WEIGHTS[1]
     idle = {**one.parts, query: LowRank(torch.zeros_like(one.parts[query].left), one.parts[query].right)}
     assert query not in seen_by_edges(dataclasses.replace(one, parts=idle)).kept
 

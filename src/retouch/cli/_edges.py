@@ -73,8 +73,8 @@ def simulate(
     if demo:
         from ..fuse._edges_demo import demo_edges
 
-        context.args[:0] = ["--n-steps", "60", "--learning-rate", "2e-3", "--dropout", "0"]
-        how = ":".join(filter(None, ["dtype=bfloat16:text_tokens=2048", how]))
+        context.args[:0] = ["--n-steps", "40", "--learning-rate", "2e-3", "--dropout", "0"]
+        how = ":".join(filter(None, ["dtype=bfloat16:text_tokens=1024", how]))
         edges = demo_edges(out / "examples")
     else:
         edges = [_edge(text) for text in edge or ()]

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ..fuse.base import Adapter
     from ..fuse.suites import Suite
     from ..model import Model
+    from ..settings import Settings
 
 __all__ = ["app", "parse_numbers", "parse_resolvers", "parse_suite"]
 
@@ -72,7 +73,11 @@ def prune(
     if len(given) != 1:
         raise UserError("Give one of --budget, --budget-mib and --ratio.")
     place = plan or out.with_name(f"{out.name}.plan.json")
+    _one_of("dtype", dtype, ("float32", "bfloat16"))
     refuse_inside(out)
+    refuse_inside(place)
+    if place.is_dir():
+        raise UserError(f"--plan {place} is a folder, and the plan is a file. Choose another name.")
     with _show.progress():
         model = _open(base)
         load = Load(rank=rank, batch=batch)
@@ -81,8 +86,8 @@ def prune(
             model, budget_mib=mib, ratio=ratio, score=_one_of("score", score, ("random", "magnitude", "wanda", "taylor", "flap")),
             align=_one_of("align", align, ("none", "bias", "lstsq", "distil")), load=load, seed=seed,
         )  # fmt: skip
-        save_plan(made, place)
         save_pruned(model, made, out, dtype=dtype)
+        save_plan(made, place)
     whole = _whole(model, load)
     peak = sum(made.peak.values()) if "total" not in made.peak else made.peak["total"]
     if json_:
@@ -228,9 +233,7 @@ def merge(
     ] = "",
     max_harm: Annotated[
         float | None,
-        typer.Option(
-            "--max-harm", "--max-drop", help="Largest certified drop on any domain; more is refused with exit code 3."
-        ),
+        typer.Option("--max-harm", help="Largest certified drop on any domain; more is refused with exit code 3."),
     ] = None,
     n_certify: Annotated[
         int | None, typer.Option(help="Test questions of each domain that certify; default: all.")
@@ -257,7 +260,9 @@ def merge(
     from ..report import to_json, to_terminal, write_html
     from ..store import refuse_inside
 
-    chosen = method_of(context, registry.load("fuse", method))
+    cls = registry.load("fuse", method)
+    adapters, context.args = _parted([str(a) for a in adapters], cls)
+    chosen = method_of(context, cls)
     kind = _one_of("as", as_, ("adapter", "change", "model"))
     resolver = _resolver(resolve)
     given: Any = None if not weights else "examples" if weights == "examples" else parse_numbers("weights", weights)
@@ -283,6 +288,25 @@ def merge(
         proof.require()
     if not json_ and not dry_run:
         _show.say(f"Saved as {out}.")
+
+
+def _parted(words: list[str], cls: type[Settings]) -> tuple[list[Path], list[str]]:
+    """Tell adapters from the method's settings: a command that takes any number of folders is handed both."""
+    from ..settings import fields_of
+
+    switches = {f.name for f in fields_of(cls) if f.type == "bool"}
+    paths, flags, left = [], [], list(words)
+    while left:
+        word = left.pop(0)
+        if not word.startswith("--"):
+            paths.append(Path(word))
+            continue
+        flags.append(word)
+        name = word[2:].replace("-", "_")
+        follows = bool(left) and "=" not in word and not left[0].startswith("--")
+        if follows and (name not in switches or left[0].lower() in ("true", "false")):
+            flags.append(left.pop(0))
+    return paths, flags
 
 
 def _check_merge(

@@ -146,7 +146,7 @@ def prove(
     asked = [(d, name) for name, by_domain in references.items() for d in by_domain]
     if not asked:
         raise UserError("A certificate needs at least one reference: the base, or a single adapter.")
-    share = delta / 2 ** (attempt - 1) / len(asked) if attempt >= 1 else 0.0
+    share = delta / 2**attempt / len(asked) if attempt >= 1 else 0.0
     if not 0 < share < 1:
         raise UserError(f"delta must lie between 0 and 1 and attempts count from 1; got {delta!r} and {attempt!r}.")
     found = []

@@ -55,7 +55,7 @@ def seen_by_edges(adapter: Adapter) -> Adapter:
     for name, part in adapter.parts.items():
         rows, columns = part.left.abs().amax(1) > 0, part.right.abs().amax(0) > 0
         for axis, held in (("rows", rows), ("columns", columns)):
-            if not bool(held.all()):
+            if bool(held.any()) and not bool(held.all()):  # all of it zero: nothing was learnt there
                 kept[name] = Kept(axis, tuple(torch.nonzero(held).flatten().tolist()))  # type: ignore[arg-type]
     return dataclasses.replace(adapter, kept=kept)
 

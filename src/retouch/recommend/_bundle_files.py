@@ -272,7 +272,7 @@ def card(record: Facts, shelf: Shelf, catalogue: Catalogue, proof: str, present:
         f"- {proof}",
         f"- Knowledge comes from {asks or source.get('llm_name')}. Serving needs no language model; making records does.",
         "",
-        "    retouch recommend for THIS --history "TITLE; TITLE"",
+        '    retouch recommend for THIS --history "TITLE; TITLE"',
         "    retouch recommend nearline THIS --store sqlite:knowledge.db --histories histories.csv",
         "    retouch recommend serve THIS --store sqlite:knowledge.db",
         "",

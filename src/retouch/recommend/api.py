@@ -136,15 +136,9 @@ class Made:
             "settings": dict(self.settings), "certificate": self.certified.to_dict(),
             "evaluations": {n: e.to_json() for n, e in self.evaluations.items()}, "health": self.prepared.health.to_dict(),
         }  # fmt: skip
-        name = self.prepared.data.name
-        return Report(
-            f"Recommending {name}",
-            self.certified.sentence(),
-            name,
-            tables,
-            _pictures(self) if pictures else (),
-            numbers,
-        )
+        title, model = f"Recommending {self.prepared.data.name}", str(self.settings["llm"] or "no language model")
+        shown = _pictures(self) if pictures else ()
+        return Report(title, self.certified.sentence(), model, tables, shown, numbers)
 
 
 def _pictures(made: Made) -> tuple[Any, ...]:

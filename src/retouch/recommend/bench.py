@@ -119,9 +119,7 @@ def _measured(p: Prepared, wanted: Bench, method: Recommender, given: Run, base:
         row["training"] = plain({k: v for k, v in record.items() if k not in ("history", "settings")})
     if wanted.filter_seen and hasattr(scorer, "filter_seen"):
         fitted: Any = scorer
-        hidden = evaluate(
-            replace(fitted, filter_seen=True), p.data, p.splits, seed=wanted.seed, n_history=wanted.n_history
-        )
+        hidden = evaluate(replace(fitted, filter_seen=True), p.data, p.splits, n_boot=0, n_history=wanted.n_history)
         row["filtered"] = hidden.numbers
     return row
 

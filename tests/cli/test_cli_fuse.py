@@ -365,7 +365,7 @@ def test_a_refusal_leaves_an_earlier_fusion_as_it_was(done, retouch, base, adapt
 
 
 def test_a_drop_that_is_certified_is_kept_and_told(done, base, adapters, data, tmp_path):
-    said = done(*merge(base, *adapters, "--scale", 0.001, "--max-drop", 1, "--data", data, "-o", tmp_path / "fused"))
+    said = done(*merge(base, *adapters, "--scale", 0.001, "--max-harm", 1, "--data", data, "-o", tmp_path / "fused"))
     assert "Drop on held-out questions" in said.out
     assert (tmp_path / "fused").is_dir()
 
@@ -495,7 +495,7 @@ def mmlu(place):
 def test_bench_writes_its_file_and_goes_on_where_it_was(done, base, mmlu, tmp_path):
     out, work = tmp_path / "bench.json", tmp_path / "work"
     words = ("bench", "fuse", "--data", mmlu, "--model", base, "--methods", "cat", "--resolvers", "none", "-k", 2,
-             "--rank", 2, "--per-edge", 32, "--learning-rate", 0.05, "--n-selection", 1, "--n-test", 2, "--first", 4,
+             "--rank", 2, "--per-edge", 64, "--learning-rate", 0.05, "--n-selection", 1, "--n-test", 2, "--first", 4,
              "--lams", "1,2", "--work", work, "--json", out)  # fmt: skip
     said = done(*words)
     for name in ("base", "single:STEM", "single:humanities", "joint", "cat", "oracle"):

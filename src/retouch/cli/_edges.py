@@ -73,7 +73,7 @@ def simulate(
     if demo:
         from ..fuse._edges_demo import demo_edges
 
-        context.args[:0] = ["--n-steps", "40", "--learning-rate", "2e-3", "--dropout", "0"]
+        context.args[:0] = ["--n-steps", "40", "--learning-rate", "2e-3", "--dropout", "0", "--save-every", "10"]
         how = ":".join(filter(None, ["dtype=bfloat16:text_tokens=1024", how]))
         edges = demo_edges(out / "examples")
     else:

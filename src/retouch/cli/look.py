@@ -79,18 +79,34 @@ def doctor(json_: Json = False) -> None:
 
 
 def demo(
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the report and the saved model.")] = Path("demo"),
+    what: Annotated[str, typer.Argument(help="edit or recommend.")] = "edit",
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the report and what is saved.")] = Path("demo"),
     model: Annotated[str, typer.Option(help="A decoder.")] = "smollm2",
-    n: Annotated[int, typer.Option(help="Facts to edit, 1 to 14.")] = 8,
-    max_harm: Annotated[float, typer.Option(help="Limit of the certificate.")] = 0.05,
+    n: Annotated[int, typer.Option(help="Facts to edit, 1 to 14 (edit).")] = 8,
+    max_harm: Annotated[float, typer.Option(help="Limit of the certificate (edit).")] = 0.05,
+    data: Annotated[
+        Path | None, typer.Option(help="Interactions; default: MovieLens 100K, fetched (recommend).")
+    ] = None,
     json_: Json = False,
 ) -> None:
-    """Correct real facts in a real model, see what else changed, and undo one edit: the main job, in a few minutes."""
-    from ..edit.demo import tour
+    """See the main job of a verb on a real model in minutes: correct facts, or recommend films.
+
+    Three sites that train and fuse: retouch fuse simulate --demo
+    """
+    from ..errors import unknown
     from ..report import to_terminal
 
     with _show.progress():
-        report = tour(model, out, n=n, max_harm=max_harm)
+        if what == "edit":
+            from ..edit.demo import tour
+
+            report = tour(model, out, n=n, max_harm=max_harm)
+        elif what == "recommend":
+            from ..recommend.demo import tour as recommending
+
+            report = recommending(out, data, model)
+        else:
+            raise unknown("demo", what, ("edit", "recommend"), "retouch fuse simulate --demo")
     if json_:
         _show.emit(dict(report.numbers))
         return

@@ -57,6 +57,9 @@ docs: $(VENV)/.dev ## Make the generated pages of docs/
 bench: $(VENV)/.dev ## Measure speed against the obvious versions (minutes)
 	$(BIN)/python benchmarks/edit_speed.py --json benchmarks/results/edit_speed.json
 	$(BIN)/python benchmarks/moments_speed.py --json benchmarks/results/moments_speed.json
+	$(BIN)/python benchmarks/fuse_speed.py --blocks 2 --threads 1 --json benchmarks/results/fuse_speed.json
+	$(BIN)/python benchmarks/recommend_speed.py --json benchmarks/results/recommend_speed.json
+	$(BIN)/python benchmarks/recommend_serving.py --json benchmarks/results/recommend_serving.json
 
 gpu: bench ## Speed, and the papers' claims on real facts, where there is an accelerator
 	$(BIN)/python benchmarks/edit_claims.py prepare --out claims

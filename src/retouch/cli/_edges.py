@@ -84,7 +84,11 @@ def simulate(
         recalls = _recalls(base, edges, outcome) if demo else []
     _tell(outcome, json_)
     if recalls and not json_:
-        _show.table("Facts of each site that are known", ["site", "base", "own adapter", "fused"], recalls)
+        _show.table(
+            "Facts of each site answered rightly, of four possible answers (guessing: 0.25)",
+            ["site", "base", "own adapter", "fused"],
+            recalls,
+        )
 
 
 def _recalls(base: str, edges: list[EdgeSpec], outcome: Outcome) -> list[list[Any]]:

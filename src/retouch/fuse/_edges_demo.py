@@ -35,7 +35,7 @@ def demo_edges(folder: Path, seed: int = 0) -> list[EdgeSpec]:
 
 
 def recall(model: Model, adapter: Adapter | None, examples: Sequence[Example]) -> float:
-    """Share of the examples whose whole answer is the likeliest text."""
+    """Share of the examples whose answer is the likeliest of all answers that occur at its site."""
     from contextlib import nullcontext
 
     from .._likelihood import answers
@@ -43,6 +43,9 @@ def recall(model: Model, adapter: Adapter | None, examples: Sequence[Example]) -
     from ..tokens import Text
     from .asking import as_change
 
+    values = sorted({e.target for e in examples})
     with nullcontext() if adapter is None else side_by_side(model, [as_change(adapter)]):
-        found = answers(model, [Text(before=e.prompt, target=e.target) for e in examples])
-    return sum(a.strict for a in found) / len(found)
+        found = answers(model, [Text(before=e.prompt, target=v) for e in examples for v in values])
+    losses = [[a.nll for a in found[i : i + len(values)]] for i in range(0, len(found), len(values))]
+    right = [values[row.index(min(row))] == e.target for row, e in zip(losses, examples)]
+    return sum(right) / len(right)

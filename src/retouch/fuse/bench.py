@@ -60,6 +60,7 @@ class Bench:
         limit: The drop of the certificate that is printed.
         chat: Ask through the chat template.
         seed: Of everything random.
+        replay: Public examples that every edge mixes in.
     """
 
     methods: Mapping[str, FuseMethod]
@@ -78,6 +79,7 @@ class Bench:
     limit: float = 0.2
     chat: bool = False
     seed: int = 0
+    replay: tuple[Example, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +116,7 @@ def edges(model: Model, suite: Suite, wanted: Bench, work: Path) -> tuple[list[A
         pooled,
         _settings(wanted, 0),
         work / "edges" / "joint",
+        replay=wanted.replay,
         initial=initial_a(model, None, _settings(wanted, 0)),
         name="joint",
     )
@@ -141,11 +144,13 @@ def _edge(
     settings, among = _settings(wanted, number), {"edge": number, "n_edges": n_edges}
     place = work / "edges" / f"{number}-{domain}-{ratio:g}"
     if ratio == 0:
-        return train(model, rows, settings, place, initial=initial_a(model, None, settings, **among), name=domain)
+        first = initial_a(model, None, settings, **among)
+        return train(model, rows, settings, place, replay=wanted.replay, initial=first, name=domain)
     load = Load(rank=settings.rank, batch=settings.batch)
     plan = plan_prune(model, ratio=ratio, score=wanted.score, load=load, seed=wanted.seed)  # type: ignore[arg-type]
     small = aligned(model, plan)
-    trained = train(small, rows, settings, place, initial=initial_a(model, plan, settings, **among), name=domain)
+    first = initial_a(model, plan, settings, **among)
+    trained = train(small, rows, settings, place, replay=wanted.replay, initial=first, name=domain)
     _log.info("%s: trained on %.0f %% of the model, %s", domain, 100 * (1 - plan.ratio), dict(trained.notes))
     return recover(trained, plan, model)
 
@@ -354,8 +359,11 @@ def _numbers(
 
 def _told(wanted: Bench) -> dict[str, Any]:
     plain = {
-        k: v for k, v in asdict(replace(wanted, methods={}, resolvers={})).items() if k not in ("methods", "resolvers")
+        k: v
+        for k, v in asdict(replace(wanted, methods={}, resolvers={}, replay=())).items()
+        if k not in ("methods", "resolvers")
     }
+    plain["replay"] = store.key(replay=[[e.prompt, e.target] for e in wanted.replay]) if wanted.replay else ""
     return {
         **plain, "methods": {n: m.to_dict() for n, m in wanted.methods.items()},
         "resolvers": {n: r.to_dict() for n, r in wanted.resolvers.items()},

@@ -111,10 +111,13 @@ def edges(model: Model, suite: Suite, wanted: Bench, work: Path) -> tuple[list[A
     if not wanted.joint:
         return found, {}
     pooled = _shuffled([e for rows in own.values() for e in rows], wanted.seed)
+    settings = _settings(wanted, 0)
+    if settings.n_steps is not None:  # as many steps on each domain as its own edge had
+        settings = replace(settings, n_steps=settings.n_steps * len(own))
     joint = train(
         model,
         pooled,
-        _settings(wanted, 0),
+        settings,
         work / "edges" / "joint",
         replay=wanted.replay,
         initial=initial_a(model, None, _settings(wanted, 0)),

@@ -346,5 +346,5 @@ def check_device(device: str) -> None:
 
 
 def rungs(policy: PolicyScorer) -> dict[str, PolicyScorer]:
-    """Return the policy as users are served: with fresh and with stale knowledge, and with none."""
-    return {"fresh": policy, "stale": policy.at_lag(STALE), "none": policy.without_knowledge()}
+    """Return the policy as users are served: with fresh and with stale knowledge."""
+    return {"fresh": policy, "stale": policy.at_lag(STALE)}

@@ -233,7 +233,9 @@ def certify(evidence: Evidence, terms: Terms, about: Mapping[str, Any] | None = 
     if not evidence.after or terms.attempt < 1:
         raise UserError("A certificate needs evidence of at least one rung, and attempts count from 1.")
     rungs = sorted(evidence.after, key=lambda rung: (RUNGS.index(rung) if rung in RUNGS else len(RUNGS), rung))
-    tested = [(r, s) for r in rungs for s in ROUTABLE if s == "all" or _n(evidence, s) >= terms.least]
+    everybody = _n(evidence, "all")
+    worth = [s for s in ROUTABLE if s == "all" or terms.least <= _n(evidence, s) < everybody]  # not all of them twice
+    tested = [(r, s) for r in rungs for s in worth]
     alpha = terms.alpha / len(tested)
     lines = tuple(
         _line(evidence, terms, rung, segment, alpha if (rung, segment) in tested else None)

@@ -18,7 +18,9 @@ def drawn():
     """Read the tree of the module's docstring: name, parent, exit code where one is given."""
     path, rows = [], []
     for line in errors.__doc__.splitlines():
-        if found := re.match(r"([│├└─ ]*)(\w+Error|UnknownName|WrongBase|StoreDown|BoundRefused|NoEffect)\b\s*(\d+)?", line):
+        if found := re.match(
+            r"([│├└─ ]*)(\w+Error|UnknownName|WrongBase|StoreDown|BoundRefused|NoEffect)\b\s*(\d+)?", line
+        ):
             depth = len(found[1]) // 4
             path = [*path[:depth], found[2]]
             rows.append((found[2], path[-2] if depth else None, found[3]))

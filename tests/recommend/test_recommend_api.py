@@ -141,7 +141,7 @@ def test_vectors_of_another_catalogue_are_refused(tmp_path):
 def test_fitting_makes_a_policy_with_its_proof(shop):
     _, made = shop
     assert made.certified.holds and made.certified.terms.limit == 0.9 and made.certified.terms.attempt == 1
-    assert {line.rung for line in made.certified.lines} == {"fresh", "stale", "prototype", "none"}
+    assert {line.rung for line in made.certified.lines} == {"fresh", "stale", "prototype"}
     assert set(made.evaluations) == {"reference", "policy"}
     assert made.settings["method"]["name"] == "lwgr" and made.settings["reference"]["size"] == "tiny"
     assert not any(e.broken for e in made.evaluations.values())

@@ -1,6 +1,7 @@
 """One person and one bundle: words become items, a history becomes an answer, fresh histories become a certificate."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import recommend_bundles as small
@@ -49,6 +50,15 @@ def test_an_unknown_word_is_named_with_the_nearest_titles(bundle):
         items_of(bundle, "i1; amber 2")
     with pytest.raises(UserError, match=r"'§§' is neither .* Nearest titles: none is near\."):
         items_of(bundle, "§§")
+
+
+def test_a_year_behind_a_title_may_be_left_out_unless_two_are_meant(bundle):
+    first, second, *rest = bundle.items
+    dated = replace(first, title="Fargo (1996)")
+    assert items_of(replace(bundle, items=(dated, second, *rest)), "fargo") == (first.id,)
+    two = replace(bundle, items=(dated, replace(second, title="Fargo (2014)"), *rest))
+    with pytest.raises(UserError, match=r"'Fargo \(1996\)', 'Fargo \(2014\)'"):
+        items_of(two, "Fargo")
 
 
 def test_an_item_is_found_with_its_codes(bundle):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -60,6 +61,10 @@ def language_model(bundle: str | Path, source: str = "") -> Model:
                         "it with --llm.") from error  # fmt: skip
 
 
+_YEAR = re.compile(r"\s*\((1[89]|20)\d\d\)$")
+"""The year behind a film's or book's title, which people leave out."""
+
+
 def items_of(bundle: Bundle, history: str) -> tuple[str, ...]:
     """Read titles or raw ids with semicolons between.
 
@@ -77,6 +82,9 @@ def _item(bundle: Bundle, word: str) -> Item:
     exact = [item for item in found if item.title.casefold() == word.casefold()]
     if exact:
         return exact[0]  # of equal titles the first in the catalogue
+    undated = [item for item in found if _YEAR.sub("", item.title).casefold() == word.casefold()]
+    if len(undated) == 1:
+        return undated[0]
     near = ", ".join(repr(item.title) for item in found) or "none is near"
     raise UserError(f"{word!r} is neither an id nor a title of this catalogue. Nearest titles: {near}.")
 

@@ -25,7 +25,7 @@ RESOLVERS = "cr-sign,cr-sign:beta=0.5,cr-sign:space=core,cr-subspace,cr-subspace
 def one(seed: int, form: str, overlap: float, asked: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Run the harness once."""
     from retouch import registry
-    from retouch.cli.fuse import parse_resolvers
+    from retouch.cli._fuse_flags import parse_resolvers
     from retouch.fuse import _synth, bench
     from retouch.fuse.suites import lessons
     from retouch.fuse.train import LoraSettings

@@ -236,7 +236,7 @@ def fuse(
     from ..fuse import bench
     from ..fuse._scores import Score
     from ..fuse.train import LoraSettings
-    from .fuse import parse_numbers, parse_resolvers, parse_suite
+    from ._fuse_flags import parse_numbers, parse_resolvers, parse_suite
 
     chosen = registry.parse("fuse", methods or bench.METHODS, seed=seed)
     before = parse_resolvers(resolvers)

@@ -152,8 +152,9 @@ def _covers(evidence: Evidence, wanted: Bench, draws: int = 200) -> dict[str, fl
 def _told(name: str, row: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     told = {k: v for k, v in row.items() if k not in ("users", "values")}
     for against in ("reference", "continued"):
-        if against in rows and against != name:
-            told[f"against_{against}"] = _difference(row, rows[against])
+        rival = next((n for n in rows if n.partition(":")[0] == against), None)  # the first, whatever its settings
+        if rival is not None and rival != name:
+            told[f"against_{against}"] = _difference(row, rows[rival])
     return told
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..settings import setting
+from ._blocks import draws
 from .base import Module, Resolver
 from .conflict import differences, level, null_level
 from .core import Core
@@ -111,14 +111,10 @@ class CRSign(Resolver):
             loses = ~loses & (x != 0)
         if self.random:
             share = loses.double().mean()
-            stream = torch.Generator().manual_seed(_seed(self.seed, row, name))
-            loses = torch.rand(x.shape, generator=stream, dtype=torch.float64) < share
+            each = [draws(self.seed, name, str(i), row, x.shape[1], x.shape[2]) for i in range(len(x))]
+            loses = torch.stack(each) < share
         mask: Tensor = 1 - beta * gate * loses
         return mask
-
-
-def _seed(seed: int, row: int, name: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}/{name}/{row}".encode()).digest()[:7], "little")
 
 
 def _restored(before: Tensor, after: Tensor) -> Tensor:

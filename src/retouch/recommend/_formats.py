@@ -11,12 +11,12 @@ import io
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .._parquet import parquet_columns
 from ..errors import UserError, unknown
 
 __all__ = ["Columns", "missing", "read_atomic", "read_csv", "read_parquet", "read_plain", "read_sequences", "text_of"]
@@ -229,21 +229,7 @@ def read_parquet(path: Path) -> Columns:
     Raises:
         UserError: The file is missing, empty or no Parquet, or the package that reads it is not installed.
     """
-    try:
-        parquet, arrow = import_module("pyarrow.parquet"), import_module("pyarrow")
-    except ImportError as error:
-        raise UserError(
-            f"Reading {path.name} needs the package pyarrow: pip install pyarrow. Or save it as CSV."
-        ) from error
-    if not path.is_file():
-        raise missing(path)
-    try:
-        table = parquet.ParquetFile(path).read()
-    except (arrow.ArrowException, OSError) as error:
-        raise UserError(f"{path.name} cannot be read as Parquet: {error}") from error
-    if not table.num_rows:
-        raise UserError(f"{path.name} is empty.")
-    columns = {name: column.to_pylist() for name, column in zip(table.column_names, table.columns)}
+    columns, _ = parquet_columns(path, "CSV", missing)
     return Columns(path.name, columns, lambda row: f"{path.name} row {row + 1}")
 
 

@@ -12,10 +12,10 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from .._parquet import parquet_columns
 from ..errors import UserError
 
 __all__ = ["Example", "Table", "few", "label_text", "missing", "read_table"]
@@ -212,22 +212,8 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _parquet(path: Path) -> Table:
-    try:
-        parquet, arrow = import_module("pyarrow.parquet"), import_module("pyarrow")
-    except ImportError as error:
-        raise UserError(
-            f"Reading {path.name} needs the package pyarrow: pip install pyarrow. Or save it as .tsv, .csv or .jsonl."
-        ) from error
-    if not path.is_file():
-        raise missing(path)
-    try:
-        table = parquet.ParquetFile(path).read()
-    except (arrow.ArrowException, OSError) as error:
-        raise UserError(f"{path.name} cannot be read as Parquet: {error}") from error
-    if not table.num_rows:
-        raise UserError(f"{path.name} is empty.")
-    columns = [column.to_pylist() for column in table.columns]
-    return Table(path.name, tuple(table.column_names), list(zip(*columns)), range(1, table.num_rows + 1), "row")
+    columns, n = parquet_columns(path, ".tsv, .csv or .jsonl", missing)
+    return Table(path.name, tuple(columns), list(zip(*columns.values())), range(1, n + 1), "row")
 
 
 def label_text(value: object) -> str | None:

@@ -1,0 +1,42 @@
+"""Read a Parquet file as named columns, with the errors that people need; the package is optional."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+
+__all__ = ["parquet_columns"]
+
+
+def parquet_columns(
+    path: Path, otherwise: str, missing: Callable[[Path], UserError]
+) -> tuple[dict[str, list[Any]], int]:
+    """Return the columns by name, and how many rows there are.
+
+    Args:
+        path: The file.
+        otherwise: The formats that need no further package, for the message.
+        missing: Makes the error for a file that is not there.
+
+    Raises:
+        UserError: The file is missing, empty or no Parquet, or the package that reads it is not installed.
+    """
+    try:
+        parquet, arrow = import_module("pyarrow.parquet"), import_module("pyarrow")
+    except ImportError as error:
+        raise UserError(
+            f"Reading {path.name} needs the package pyarrow: pip install pyarrow. Or save it as {otherwise}."
+        ) from error
+    if not path.is_file():
+        raise missing(path)
+    try:
+        table = parquet.ParquetFile(path).read()
+    except (arrow.ArrowException, OSError) as error:
+        raise UserError(f"{path.name} cannot be read as Parquet: {error}") from error
+    if not table.num_rows:
+        raise UserError(f"{path.name} is empty.")
+    return {name: column.to_pylist() for name, column in zip(table.column_names, table.columns)}, table.num_rows

@@ -470,6 +470,7 @@ def test_compose_writes_each_domains_examples(done, data, tmp_path):
         (("--data", "DATA", "--model", "BASE", "--adapter", "nowhere"), "nowhere"),
         (("--data", "DATA", "--model", "BASE", "-o", "EXAMPLES"), "examples.jsonl"),
         (("--data", "text-cd"), "RETOUCH_DATA"),
+        (("--data", "DATA", "--template", "plane"), "Did you mean 'plain'"),
     ],
 )
 def test_mistakes_of_compose_are_named(refused, monkeypatch, base, adapters, data, examples, words, says):

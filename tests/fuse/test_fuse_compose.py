@@ -135,6 +135,14 @@ def test_the_plain_prompt_reads_as_documented():
     assert render([law[0]], "plain").prompt.endswith("Answer (one letter):")
 
 
+def test_words_are_answered_with_the_options_themselves():
+    law, film = pools(1, 1, options=2).values()
+    shown = render([law[0], film[0]], "words")
+    assert "Question 2 (film): film 0?\nOptions: w, x\n\nAnswers (one option per question, in order):" in shown.prompt
+    assert shown.target([1, 0]) == " x, w"
+    assert shown.labels == (("w", "x"),) * 2
+
+
 @pytest.mark.parametrize("name", [n for n, t in templates().items() if t.labels == "letters"])
 def test_every_template_asks_all_and_ends_bare(name):
     own = [q for qs in pools(1, 1, 1).values() for q in qs]

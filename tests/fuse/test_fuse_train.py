@@ -114,6 +114,23 @@ def test_the_loss_is_that_of_the_answers_alone(tiny: Any, name: str) -> None:
     assert float(course._loss(rows).detach()) == pytest.approx(expected, rel=1e-5)
 
 
+def test_rows_of_very_different_length_are_read_apart_and_the_loss_stays(tiny: Any) -> None:
+    from retouch.fuse.train import _Course, _level
+
+    model = wrap(*tiny("llama", n_blocks=2))
+    settings = dataclasses.replace(QUICK, a_init="independent")
+    texts = [Example("the " * n + FACTS[0].prompt, FACTS[0].target) for n in (0, 40, 1, 41, 18, 44)]
+    rows = encoded(model, texts, 512)
+    parts = _level(rows)
+    assert 1 < len(parts) < len(rows)
+    assert sorted(len(r.ids) for part in parts for r in part) == sorted(len(r.ids) for r in rows)
+    assert all(min(len(r.ids) for r in part) >= 0.7 * max(len(r.ids) for r in part) for part in parts)
+    course = _Course(model, settings, rows, [], initial_a(model, None, settings), None, "x")
+    course.network.eval()
+    apart = sum(float(course._loss(part).detach()) for part in parts)
+    assert apart == pytest.approx(float(course._loss(rows).detach()), rel=1e-5)
+
+
 def test_same_settings_same_bits_and_each_setting_counts(tiny: Any) -> None:
     model = opened(tiny, "llama")
     one = train(model, FACTS, QUICK)

@@ -31,19 +31,29 @@ def open_any(source: str) -> Model:
     return open_base(source)
 
 
-def parse_suite(data: str, seed: int = 0) -> Suite:
-    """Read a suite: own folders, MMLU, or the published sets of text-cd."""
+def parse_suite(data: str, seed: int = 0, wording: str = "") -> Suite:
+    """Read a suite: own folders, MMLU, or the published sets of text-cd (text-cd:sst2,rte names some)."""
+    from dataclasses import replace
+
+    from ..fuse.templates import template
+
+    suite = _suite(data, seed)
+    return replace(suite, template=template(wording).name) if wording else suite
+
+
+def _suite(data: str, seed: int) -> Suite:
     import os
 
     from ..errors import UserError
-    from ..fuse.suites import folders, text_cd
+    from ..fuse.suites import TEXT_DOMAINS, folders, text_cd
 
-    if data == "text-cd":
+    name, _, domains = data.partition(":")
+    if name == "text-cd":
         if not os.environ.get("RETOUCH_DATA"):
             raise UserError(
                 "text-cd reads published files: set RETOUCH_DATA to the folder that holds sentence_cls and glue."
             )
-        return text_cd(os.environ["RETOUCH_DATA"], seed=seed)
+        return text_cd(os.environ["RETOUCH_DATA"], domains.split(",") if domains else TEXT_DOMAINS, seed=seed)
     return folders(data, seed=seed)
 
 

@@ -201,6 +201,7 @@ def compose(
     adapter: Annotated[Path | None, typer.Option(help="With this adapter.")] = None,
     how: Annotated[str, typer.Option(help="constrained, joint or free.")] = "constrained",
     chat: Annotated[bool, typer.Option("--chat", help="Ask through the model's chat template.")] = False,
+    template: Annotated[str, typer.Option(help="Wording, e.g. plain or words; default: the suite's.")] = "",
     examples: Annotated[
         Path | None, typer.Option(help="Also write each domain's training examples to this folder.")
     ] = None,
@@ -223,7 +224,7 @@ def compose(
         raise UserError("--adapter is asked together with its base: give --model too.")
     if n is not None and n < 1:
         raise UserError(f"-n must be at least 1; got {n}.")
-    suite = parse_suite(data, seed)
+    suite = parse_suite(data, seed, template)
     pool = suite.questions(one_of("split", split, ("selection", "test")))
     if recipe is not None and recipe.is_file() and model is not None:
         instances = read_recipe(recipe, pool)

@@ -194,7 +194,9 @@ def _shown_slim(result: dict[str, Any], out: Path) -> None:
 def fuse(
     data: Annotated[
         str,
-        typer.Option(help="A folder with a sub-folder for each domain, MMLU's layout, or text-cd (from RETOUCH_DATA)."),
+        typer.Option(
+            help="A folder with a sub-folder for each domain, MMLU's layout, or text-cd (from RETOUCH_DATA), also text-cd:sst2,rte."
+        ),
     ] = "text-cd",
     model: Annotated[str, typer.Option(help="The base: a folder, a hub id, a .gguf file, or smollm2.")] = "smollm2",
     methods: Annotated[
@@ -212,6 +214,7 @@ def fuse(
     score: Annotated[str, typer.Option(help="random, magnitude, wanda, taylor or flap.")] = "wanda",
     rank: Annotated[int, typer.Option(help="Of the adapters.")] = 8,
     epochs: Annotated[float, typer.Option(help="Passes of an edge over its examples.")] = 1.0,
+    batch: Annotated[int, typer.Option(help="Examples of one step of an edge.")] = 8,
     learning_rate: Annotated[float, typer.Option(help="Of the edges.")] = 1e-3,
     joint: Annotated[bool, typer.Option(help="Also train one adapter on all domains: what fusion could reach.")] = True,
     n_selection: Annotated[int, typer.Option(help="Bundles (9 prompts each) that choose the scales.")] = 6,
@@ -220,6 +223,10 @@ def fuse(
     first: Annotated[int, typer.Option(help="Prompts of the first round of tuning.")] = 50,
     limit: Annotated[float, typer.Option(help="Drop of the certificate that is printed.")] = 0.2,
     chat: Annotated[bool, typer.Option("--chat", help="Ask through the model's chat template.")] = False,
+    template: Annotated[
+        str,
+        typer.Option(help="Wording: plain (letters), words (for small models), numbered, each, untagged, two_shot."),
+    ] = "",
     work: Annotated[Path | None, typer.Option(help="Folder of what is finished; default: in the cache.")] = None,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     json_: Annotated[Path, typer.Option("--json", help="The result.")] = Path("bench-fuse.json"),
@@ -254,10 +261,10 @@ def fuse(
     if score not in (known := get_args(Score)):
         raise unknown("value of --score", score, known)
     _show.writable("--json", json_)
-    suite = parse_suite(data, seed)
+    suite = parse_suite(data, seed, template)
     wanted = bench.Bench(
         chosen, before, k, form, per_edge, tuple(shares), score,
-        LoraSettings(rank=rank, alpha=2.0 * rank, epochs=epochs, learning_rate=learning_rate), joint, n_selection, n_test,
+        LoraSettings(rank=rank, alpha=2.0 * rank, epochs=epochs, batch=batch, learning_rate=learning_rate), joint, n_selection, n_test,
         tuple(scales), first, limit, chat, seed,
     )  # fmt: skip
     from ..model import open_model

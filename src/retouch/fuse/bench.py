@@ -376,4 +376,5 @@ def _told(wanted: Bench) -> dict[str, Any]:
 def _key(model: Model, suite: Suite, wanted: Bench) -> str:
     asked_ = {s: [q.key for d in suite.domains for q in suite.questions(s)[d]] for s in ("train", "selection", "test")}
     told = {k: v for k, v in _told(wanted).items() if k not in ("methods", "resolvers", "n_test", "limit")}
+    told["template"] = suite.template
     return store.key(model=model.fingerprint, suite=asked_, settings=told)

@@ -49,7 +49,7 @@ _TASKS = {
         },
         "news",
         "In which section of a newspaper does this belong?\n{text}",
-        {"World": "World", "Sports": "Sports", "Business": "Business", "Sci/Tech": "Science and technology"},
+        {"World": "World", "Sports": "Sports", "Business": "Business", "Sci/Tech": "Science"},
     ),
     "trec": _Task(
         {
@@ -57,14 +57,14 @@ _TASKS = {
             "test": ("sentence_cls/TREC.test.all", "TREC.test.all"),
         },
         "kinds of answer",
-        "What does this question ask for?\n{text}",
+        "What kind of answer does this question ask for?\n{text}",
         {
-            "0": "a description",
-            "1": "a thing",
-            "2": "an abbreviation",
-            "3": "a person",
-            "4": "a place",
-            "5": "a number",
+            "0": "description",
+            "1": "thing",
+            "2": "abbreviation",
+            "3": "person",
+            "4": "place",
+            "5": "number",
         },
     ),
     "sst2": _Task(

@@ -140,7 +140,8 @@ def _rendered(questions: Sequence[Question], wording: Template) -> Rendered:
     )
     labels = tuple(_labels(q, wording) for q in questions)
     parts = [
-        part.format(i=i, k=k, subject=q.subject, stem=q.stem, options=_listed(q)) for i, q in enumerate(questions, 1)
+        part.format(i=i, k=k, subject=q.subject, stem=q.stem, options=_listed(q, wording))
+        for i, q in enumerate(questions, 1)
     ]
     before = [(wording.next if i else wording.first).format(i=i + 1) for i in range(k)]
     if wording.asks == "end":
@@ -160,5 +161,7 @@ def _labels(question: Question, wording: Template) -> tuple[str, ...]:
     return tuple(LETTERS[: len(question.options)])
 
 
-def _listed(question: Question) -> str:
+def _listed(question: Question, wording: Template) -> str:
+    if wording.labels == "options":
+        return ", ".join(question.options)
     return "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, question.options))

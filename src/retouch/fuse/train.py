@@ -33,6 +33,8 @@ __all__ = ["LoraSettings", "initial_a", "read_examples", "train"]
 _log = logging.getLogger("retouch")
 _POINTS = 20
 """Points of the loss curve."""
+_FULL = 0.7
+"""Least share of a padded row that is text."""
 
 
 @dataclass(frozen=True)
@@ -206,10 +208,11 @@ class _Course:
         own = self.own.take(self.at.step * n * self.n_own, n * self.n_own)
         others = self.others.take(self.at.step * n * self.n_public, n * self.n_public)
         a, b = self.n_own, self.n_public
-        return [
+        batches = [
             [self.rows[j] for j in own[i * a : (i + 1) * a]] + [self.public[j] for j in others[i * b : (i + 1) * b]]
             for i in range(n)
         ]
+        return [part for batch in batches for part in _level(batch)] if self.model.device.type == "cpu" else batches
 
     def _loss(self, rows: Sequence[tokens.Row]) -> Tensor:
         """Sum the loss over the answers' tokens; the head is applied where they are predicted and nowhere else."""
@@ -276,3 +279,14 @@ class _Course:
         if "generator.cuda" in tensors and self.model.device.type == "cuda":
             torch.cuda.set_rng_state(tensors["generator.cuda"], self.model.device)
         return True
+
+
+def _level(batch: Sequence[tokens.Row]) -> list[list[tokens.Row]]:
+    """Cut a batch where padding would cost more than another pass; the gradient is the same sum."""
+    parts: list[list[tokens.Row]] = []
+    for row in sorted(batch, key=lambda row: len(row.ids), reverse=True):
+        if parts and len(row.ids) >= _FULL * len(parts[-1][0].ids):
+            parts[-1].append(row)
+        else:
+            parts.append([row])
+    return parts

@@ -26,65 +26,79 @@ from retouch.edit.contexts import contexts_for
 from retouch.edit.facts import Fact
 from retouch.edit.rome import Rome
 from retouch.edit.rows import Problem, problems
-from retouch.edit.value import optimise
+from retouch.edit.value import Value, optimise
 from retouch.measure import flops_per_token, watched
 from retouch.model import Model, open_model
 from retouch.trace import first_tensor
 
-SAME_LOSS = 1e-3
-"""How far the last losses of the two searches may lie apart, in nats."""
+SAME_LOSS = 1e-4
+"""How far our loss and the obvious one may lie apart at one and the same value, in nats: both sum some hundred float32
+log-probabilities of size 1 to 20 in different orders."""
+SAME_END = 2e-2
+"""How far the last losses of the two searches may lie apart, in nats. Adam's first update has one size in every
+coordinate and the sign of the gradient, and where the gradient is almost 0 rounding decides that sign: the two ways to
+the minimum part there, though both walk down one function."""
 
 
 # The obvious version
 
 
-def obvious(model: Model, problem: Problem, block: int, settings: ValueEditMethod) -> float:
-    """Search one fact's value as the equations read: whole passes of all rows, logits at every position.
+class Obvious:
+    """The search as the equations read: whole passes of all rows, logits at every position."""
 
-    Returns:
-        The loss at the last step.
-    """
-    assert problem.kl is not None
-    rows = [*(row.seen for row in problem.rows), problem.kl.ids]
-    anchors = [*problem.anchors, problem.kl.subject or 0]
-    batch = model.batch(rows)
-    number = torch.arange(len(rows))
-    value = torch.zeros(model.anatomy.d_model)
-    delta = value.clone().requires_grad_(True)
-    adam = torch.optim.Adam([delta], lr=settings.learning_rate)
-    before: Tensor | None = None
+    def __init__(self, model: Model, problem: Problem, block: int, settings: ValueEditMethod) -> None:
+        assert problem.kl is not None
+        self.model, self.problem, self.block, self.s = model, problem, block, settings
+        self.rows = [*(row.seen for row in problem.rows), problem.kl.ids]
+        self.anchors = [*problem.anchors, problem.kl.subject or 0]
+        self.batch = model.batch(self.rows)
+        self.value: Tensor | None = None
+        self.before: Tensor | None = None
+        with torch.no_grad():
+            self.loss(torch.zeros(model.anatomy.d_model))
 
-    def add(_: Any, args: Any, output: Any) -> Any:
-        nonlocal value
-        state = first_tensor(output).clone()
-        shaped = state.view(*batch.shape, -1)  # OPT flattens rows and columns in its MLP
-        if before is None:
-            value = shaped[0, anchors[0]].detach().clone()
-        shaped[number, anchors] += delta
-        return (state, *output[1:]) if isinstance(output, tuple | list) else state
+    def loss(self, delta: Tensor) -> Tensor:
+        """Add a value to every row and take the loss."""
+        logp = self._logp(delta)
+        drift = logp[-1, len(self.rows[-1]) - 1 if self.s.kl_position == "last" else self.anchors[-1]]
+        self.before = drift.detach().clone() if self.before is None else self.before
+        nll = torch.stack([_nll(logp[i], row.prompt, row.target) for i, row in enumerate(self.problem.rows)]).mean()
+        kl = (drift.exp() * (drift - self.before)).sum()
+        assert self.value is not None
+        found: Tensor = nll + self.s.kl_factor * kl + self.s.weight_decay * delta.norm() / self.value.norm() ** 2
+        return found
 
-    handle = model.module(f"blocks.{block}.mlp.down").register_forward_hook(add)
-    try:
-        for step in range(settings.n_steps):
-            logp = model.network(**model.inputs(batch), use_cache=False).logits.float().log_softmax(-1)
-            drift = logp[-1, len(rows[-1]) - 1 if settings.kl_position == "last" else anchors[-1]]
-            before = drift.detach().clone() if before is None else before
-            nll = torch.stack([_nll(logp[i], row.prompt, row.target) for i, row in enumerate(problem.rows)]).mean()
-            kl = (drift.exp() * (drift - before)).sum()
-            decay = delta.norm() / value.norm() ** 2
-            loss = nll + settings.kl_factor * kl + settings.weight_decay * decay
-            if step == settings.n_steps - 1:
-                break
+    def _logp(self, delta: Tensor) -> Tensor:
+        number = torch.arange(len(self.rows))
+
+        def add(_: Any, args: Any, output: Any) -> Any:
+            state = first_tensor(output).clone()
+            shaped = state.view(*self.batch.shape, -1)  # OPT flattens rows and columns in its MLP
+            self.value = shaped[0, self.anchors[0]].detach().clone() if self.value is None else self.value
+            shaped[number, self.anchors] += delta
+            return (state, *output[1:]) if isinstance(output, tuple | list) else state
+
+        handle = self.model.module(f"blocks.{self.block}.mlp.down").register_forward_hook(add)
+        try:
+            out: Any = self.model.network(**self.model.inputs(self.batch), use_cache=False)
+            logp: Tensor = out.logits.float().log_softmax(-1)
+            return logp
+        finally:
+            handle.remove()
+
+    def search(self) -> float:
+        """Take all steps; return the last loss."""
+        assert self.value is not None
+        delta = torch.zeros_like(self.value).requires_grad_(True)
+        adam = torch.optim.Adam([delta], lr=self.s.learning_rate)
+        longest = self.s.clamp * self.value.norm()
+        for _ in range(self.s.n_steps - 1):
             adam.zero_grad()
-            loss.backward()
+            self.loss(delta).backward()  # type: ignore[no-untyped-call]
             adam.step()
             with torch.no_grad():
-                longest = settings.clamp * value.norm()
-                if delta.norm() > longest:
-                    delta *= longest / delta.norm()
-    finally:
-        handle.remove()
-    return float(loss.detach())
+                delta *= (longest / delta.norm()).clamp(max=1)
+        return float(self.loss(delta).detach())
 
 
 def _nll(logp: Tensor, prompt: int, target: Sequence[int]) -> Tensor:
@@ -148,22 +162,23 @@ def measure_batches(
     block: int,
     settings: Rome,
     loaded: float,
-) -> tuple[list[dict[str, Any]], list[float]]:
+) -> tuple[list[dict[str, Any]], list[Value]]:
     """Time our search; batches smaller than `n_facts` are repeated until they cover as many facts.
 
     Returns:
-        One row a size, and the last losses of the largest size's facts.
+        One row a size, and the values of the largest size's facts.
     """
     optimise(model, found[:1], block, "down", replace(settings, n_steps=2))
-    rows, losses = [], list[float]()
+    rows, largest = [], list[Value]()
     for size in sizes:
         total = max(size, n_facts)
         groups = [found[i : min(i + size, total)] for i in range(0, total, size)]
-        values = []
+        values, begin = list[Value](), time.process_time()
         with watched() as cost:
             for group in groups:
                 values += optimise(model, group, block, "down", settings)
-        losses = [v.losses[-1] for v in values] if size == max(sizes) else losses
+        cpu = time.process_time() - begin
+        largest = values if size == max(sizes) else largest
         used = sum(map(len, groups))
         rows.append(
             {
@@ -171,13 +186,14 @@ def measure_batches(
                 "facts": used,
                 "seconds": cost.seconds,
                 "seconds_per_fact": cost.seconds / used,
+                "cpu_seconds_per_fact": cpu / used,
                 "peak_mib": cost.peak_mib,
                 "peak_mib_above_model": cost.peak_mib - loaded if loaded else None,
                 **limit(model, groups, block, settings),
             }
         )
         rows[-1]["ratio_to_limit"] = rows[-1]["seconds_per_fact"] / rows[-1]["limit_seconds_per_fact"]
-    return rows, losses
+    return rows, largest
 
 
 def limit(model: Model, groups: Sequence[Sequence[Problem]], block: int, settings: Rome) -> dict[str, Any]:
@@ -197,11 +213,39 @@ def limit(model: Model, groups: Sequence[Sequence[Problem]], block: int, setting
     }
 
 
-def measure_obvious(model: Model, found: Sequence[Problem], block: int, settings: Rome) -> tuple[float, list[float]]:
-    """Return the obvious version's seconds per fact, and its last losses."""
-    begin = time.perf_counter()
-    losses = [obvious(model, problem, block, settings) for problem in found]
-    return (time.perf_counter() - begin) / len(found), losses
+@dataclass(frozen=True)
+class Compared:
+    """The obvious version beside ours.
+
+    Attributes:
+        seconds: Of one fact.
+        cpu_seconds: Of all cores together.
+        at_value: Largest distance of the two losses at our last values, nats.
+        at_end: Largest distance of the two searches' last losses, nats.
+    """
+
+    seconds: float
+    cpu_seconds: float
+    at_value: float
+    at_end: float
+
+
+def measure_obvious(
+    model: Model, found: Sequence[Problem], ours: Sequence[Value], block: int, settings: Rome
+) -> Compared:
+    """Time the obvious version, and let it judge our values by its own loss."""
+    begin, cpu = time.perf_counter(), time.process_time()
+    searches = [Obvious(model, problem, block, settings) for problem in found]
+    losses = [search.search() for search in searches]
+    seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
+    with torch.no_grad():
+        judged = [float(search.loss(value.delta)) for search, value in zip(searches, ours)]
+    last = [value.losses[-1] for value in ours]
+    return Compared(seconds / len(found), cpu / len(found), _gap(judged, last), _gap(losses, last))
+
+
+def _gap(one: Sequence[float], two: Sequence[float]) -> float:
+    return max(abs(a - b) for a, b in zip(one, two))
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -213,9 +257,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     found = problems(model, facts, contexts_for(model, settings.contexts, settings.seed), "subject", settings.bos)
     loaded = _peer.resident_mib()
     rows, ours = measure_batches(model, found, options.batches, options.obvious, block, settings, loaded)
-    seconds, theirs = measure_obvious(model, found[: options.obvious], block, settings)
+    theirs = measure_obvious(model, found[: options.obvious], ours, block, settings)
     for row in rows:
-        row["ratio_to_obvious"] = seconds / row["seconds_per_fact"]
+        row["ratio_to_obvious"] = theirs.seconds / row["seconds_per_fact"]
+        row["ratio_to_obvious_cpu"] = theirs.cpu_seconds / row["cpu_seconds_per_fact"]
     return {
         "benchmark": "edit_speed",
         "model": str(options.model),
@@ -225,8 +270,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "rows_per_fact": sum(len(p.rows) + (p.kl is not None) for p in found) / len(found),
         "environment": _peer.machine(),
         "model_mib": loaded or None,
-        "obvious": {"facts": options.obvious, "seconds_per_fact": seconds},
-        "largest_gap_of_last_losses": max(abs(a - b) for a, b in zip(ours, theirs)),
+        "obvious": {
+            "facts": options.obvious,
+            "seconds_per_fact": theirs.seconds,
+            "cpu_seconds_per_fact": theirs.cpu_seconds,
+        },
+        "largest_gap_at_one_value": theirs.at_value,
+        "largest_gap_of_last_losses": theirs.at_end,
         "batches": rows,
     }
 
@@ -246,9 +296,12 @@ def show(result: dict[str, Any]) -> None:
                 "not known here" if peak is None else f"{peak:.0f}",
             ]
         )
-    gap = f"Both searches end at the same loss, to {result['largest_gap_of_last_losses']:.1e} nats."
+    gap = (
+        f"At one value the two losses are equal to {result['largest_gap_at_one_value']:.1e} nats; "
+        f"the searches end {result['largest_gap_of_last_losses']:.1e} nats apart."
+    )
     title = f"One value by gradient, {result['model']}, block {result['block']}, {result['settings']['n_steps']} steps"
-    _peer.show(title, columns, cells, [gap if result["largest_gap_of_last_losses"] <= SAME_LOSS else ""])
+    _peer.show(title, columns, cells, [gap])
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -276,16 +329,14 @@ def _counts(text: str) -> list[int]:
 
 
 def main() -> None:
-    """Measure, write, print; fail when the two searches do not agree."""
+    """Measure, print; write unless the two versions do not minimise the same loss."""
     options = parse()
     result = run(options)
-    _peer.write(options.json, result)
     show(result)
-    gap = result["largest_gap_of_last_losses"]
-    if not gap <= SAME_LOSS:
-        raise SystemExit(
-            f"The searches end {gap:.2e} nats apart (at most {SAME_LOSS:g}): they do not do the same work."
-        )
+    for name, most in (("largest_gap_at_one_value", SAME_LOSS), ("largest_gap_of_last_losses", SAME_END)):
+        if not result[name] <= most:
+            raise SystemExit(f"{name}: {result[name]:.2e} nats (at most {most:g}): they do not do the same work.")
+    _peer.write(options.json, result)
 
 
 if __name__ == "__main__":

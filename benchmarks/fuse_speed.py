@@ -1,8 +1,9 @@
 """Seconds and memory of every way to fuse: ours from factors and in blocks of rows, PEFT's on whole matrices.
 
-Both fuse the same random adapters in one run, for the weights of Qwen2.5-0.5B. Both keep all they make.
+Both fuse the same random adapters in one run, for the weights of Qwen2.5-0.5B. Both keep all they make. mergekit joins as
+a program of its own environment where one is named.
 
-    python benchmarks/fuse_speed.py --blocks 2 --adapters 8,64
+    python benchmarks/fuse_speed.py --blocks 2 --adapters 8,64 --mergekit ~/mergekit/bin/mergekit-yaml
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import _mergekit
 import _peer
 import peft
 import torch
@@ -278,8 +280,25 @@ def rows_of(options: argparse.Namespace, n: int) -> Iterator[dict[str, Any]]:
         yield row
 
 
+def by_mergekit(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure mergekit on the smallest number of adapters: it needs a whole model for each."""
+    given = adapters(shapes(options), min(options.adapters), options.rank)
+    forms = {word: method(word, options.rank) for word in options.methods}
+
+    def off(word: str, change: Callable[[str], Tensor]) -> float | None:
+        few = [Adapter(a.name, {f"blocks.0.{n}": a.parts[f"blocks.0.{n}"] for n in TRUTH}, a.base) for a in given]
+        found = (
+            [(change(m.name), truth(m, forms[word])) for m in modules(few, shares(few))] if word not in RANDOM else []
+        )
+        return max((error(a, b) for a, b in found if b is not None), default=None)
+
+    size = {name: getattr(options, name) for name in ("width", "ffn", "kv", "blocks")}
+    densities = {word: form.density for word, form in forms.items() if hasattr(form, "density")}
+    return list(_mergekit.rows(options.mergekit, options.methods, given, size, densities, options.threads, off))
+
+
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure everything in one process."""
+    """Measure everything in one process, and mergekit in its own."""
     torch.set_num_threads(options.threads)
     tiny = adapters({"a": (64, 64)}, 2, 4)
     for word in options.methods:  # the first call of a decomposition makes threads and buffers
@@ -295,6 +314,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "truth_measured_on": list(TRUTH),
         "environment": {**_peer.machine(), "peft": peft.__version__},
         "rows": rows,
+        "mergekit": by_mergekit(options),
     }
 
 
@@ -322,6 +342,14 @@ def show(result: dict[str, Any]) -> None:
         "Errors are to the float64 rule on whole matrices, before it is cut to a rank (svd: after); least is the best cut.",
         "PEFT decomposes with full_matrices=False, which is faster than its default.",
     ]
+    theirs = [
+        [f"{row['adapters']} {row['method']}", row["status"], number(row.get("seconds"), ".2f"),
+         number(row.get("prepare_seconds"), ".2f"), number(row.get("peak_mib"), ".0f"), number(row.get("disk_mib"), ".0f"),
+         number(row.get("error"), ".1e")]
+        for row in result["mergekit"]
+    ]  # fmt: skip
+    heads = ["N, method", "", "seconds", "to merge first", "peak MiB of its process", "MiB on disk", "error"]
+    _peer.show("mergekit, on whole models", heads, theirs)
     _peer.show("Errors and arithmetic", ["N, method", "error", "PEFT", "least", "GFLOP", "PEFT"], ends, notes)
 
 
@@ -336,6 +364,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--peers", default="cat,svd,linear,ties,dare_ties", help="those measured in PEFT too; empty: none"
     )
+    parser.add_argument("--mergekit", type=Path, help="mergekit-yaml of an environment of its own")
     parser.add_argument("--width", default=896, type=int, help="of the model")
     parser.add_argument("--ffn", default=4864, type=int, help="inner width of the feed-forward part")
     parser.add_argument("--kv", default=128, type=int, help="outputs of keys and of values")
@@ -345,6 +374,8 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     options.adapters = [int(n) for n in options.adapters.split(",")]
     options.methods = [m for m in options.methods.split(",") if m]
     options.peers = [m for m in options.peers.split(",") if m]
+    if options.mergekit and not options.mergekit.is_file():
+        parser.error(f"--mergekit: {options.mergekit} does not exist.")
     if min(*options.adapters, options.blocks, options.rank) < 1:
         parser.error("--blocks, --rank and each of --adapters take 1 or more.")
     return options

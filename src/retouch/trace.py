@@ -21,6 +21,8 @@ from .model import Model
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ._packing import Layout
+
 __all__ = ["Suffix", "Trace", "first_tensor"]
 
 Side = Literal["input", "output"]
@@ -274,6 +276,27 @@ class Suffix:
         pairs = {i: (k[rows], v[rows]) for i, (k, v) in self._pairs.items()}
         return replace(self, state=self.state[rows], offset=self.offset[rows], _calls=calls, _pairs=pairs)
 
+    def pack(self, layout: Layout) -> Suffix:
+        """Lay tokens of several rows side by side: a suffix whose rows and columns are the layout's places.
+
+        Raises:
+            ModelError: The family's blocks take an argument that belongs to no token.
+        """
+        device = self.state.device
+        row, column, before_row, before_column = (
+            t.to(device) for t in (layout.row, layout.column, layout.before_row, layout.before_column)
+        )
+        start = next(iter(self._pairs.values()))[0].shape[-2]
+        move = _Mover(self.state.shape[1], row, column, torch.cat([before_column, column], 1) + start, layout.sees)
+        calls = tuple(_Call(tuple(map(move, c.args)), {k: move(v) for k, v in c.kwargs.items()}) for c in self._calls)
+
+        def take(pair: Tensor) -> Tensor:  # (rows, heads, columns, width)
+            return pair[before_row, :, before_column + start].transpose(1, 2)
+
+        pairs = {i: (take(keys), take(values)) for i, (keys, values) in self._pairs.items() if i >= self.first}
+        offset = self.offset[row[:, 0]] + column[:, 0]
+        return replace(self, state=self.state[row, column], offset=offset, _calls=calls, _pairs=pairs)
+
     def run(self, state: Tensor | None = None, upto: int | None = None) -> Tensor:
         """Run the blocks that remain.
 
@@ -336,3 +359,30 @@ class _Cutter:
         if value.dim() == 1 and value.shape[0] == self.columns:
             return value[self.start :]
         raise ModelError(f"A block takes {name or 'an argument'} of shape {tuple(value.shape)}, which cannot be cut.")
+
+
+class _Mover:
+    """Take the arguments of a block from rows and columns to places; shared tensors are moved once."""
+
+    def __init__(self, columns: int, row: Tensor, column: Tensor, key: Tensor, sees: Tensor) -> None:
+        self.columns, self.row, self.column, self.key, self.sees = columns, row, column, key, sees.to(row.device)
+        self.memo: dict[int, tuple[Any, Any]] = {}
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(self, value))
+        if not isinstance(value, torch.Tensor) or value.dim() == 0:
+            return value
+        if id(value) not in self.memo:
+            self.memo[id(value)] = (value, self._moved(value))
+        return self.memo[id(value)][1]
+
+    def _moved(self, value: Tensor) -> Tensor:
+        row = self.row if value.shape[0] > 1 else torch.zeros_like(self.row)
+        if value.dim() == 4 and value.shape[1:3] == (1, self.columns):  # mask: (rows or 1, 1, queries, keys)
+            mask = value[row[:, :, None], 0, self.column[:, :, None], self.key[:, None]]
+            blocked = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+            return mask.masked_fill(~self.sees, blocked)[:, None]
+        if value.dim() >= 2 and value.shape[1] == self.columns:
+            return value[row, self.column]
+        raise ModelError(f"A block takes an argument of shape {tuple(value.shape)}, which belongs to no token.")

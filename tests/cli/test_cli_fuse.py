@@ -189,6 +189,40 @@ def equals_in_peft(base, given, fused):
     assert moved >= 2
 
 
+def test_what_was_not_recovered_or_twice_is_named_and_what_edges_saw_is_kept(done, retouch, base, examples, tmp_path):
+    from retouch.fuse.adapter_file import open_adapter
+    from retouch.fuse.prune import open_plan
+
+    small, ad, full, plan = (tmp_path / name for name in ("small", "ad", "full", "small.plan.json"))
+    done("fuse", "prune", base, "--ratio", 0.4, "--score", "magnitude", "--align", "none", "-o", small)
+    done("fuse", "train", small, "--data", examples, "-o", ad, *QUICK)
+    said = retouch("fuse", "merge", base, ad, "-o", tmp_path / "fused")
+    assert said.code == 2 and f"Recover it first: retouch fuse recover {ad} --plan PLAN --model {base}" in said.err
+    done("fuse", "recover", ad, "--plan", plan, "--model", base, "-o", full)
+    said = retouch("fuse", "recover", full, "--plan", plan, "-o", tmp_path / "again")
+    assert said.code == 2 and "Missing option '--model'" in said.err
+    said = retouch("fuse", "recover", full, "--plan", plan, "--model", "nowhere", "-o", tmp_path / "again")
+    assert said.code == 2 and "full is recovered already" in said.err
+    another = random_plan(base, tmp_path / "another.json")
+    said = retouch("fuse", "recover", ad, "--plan", another, "--model", "nowhere", "-o", tmp_path / "again")
+    assert said.code == 2 and "was trained under plan" in said.err
+    assert not (tmp_path / "again").exists() and not (tmp_path / "fused").exists()
+    kept = open_adapter(full, open_model(base)).kept
+    units = open_plan(plan).kept[1]
+    assert kept["blocks.1.mlp.down"].index == units.ff and kept["blocks.1.mlp.down"].axis == "columns"
+    assert kept["blocks.1.mlp.up"].index == units.ff and "blocks.0.mlp.up" not in kept
+
+
+def test_a_deadline_stops_training_and_the_same_command_goes_on(done, base, examples, tmp_path):
+    words = ("fuse", "train", base, "--data", examples, "--rank", 2, "--n-steps", 4, "--batch", 2, "-o", tmp_path / "a")
+    said = done(*words, "--deadline", 1e-6)
+    assert "marked partial" in said.out
+    assert json.loads((tmp_path / "a" / "retouch.json").read_text())["notes"]["partial"] is True
+    told = done(*words, "--deadline", 600, "--json").json
+    assert told["notes"]["n_steps"] == 4 and told["notes"]["partial"] is False
+    assert not (tmp_path / "a.work").exists()
+
+
 def test_prune_for_programs_names_the_plan_and_the_memory(done, base, tmp_path):
     told = done("fuse", "prune", base, "--budget", "99.7%", "--score", "random", "--align", "none", "-o", tmp_path / "s",
                 "--plan", tmp_path / "kept.json", "--json").json  # fmt: skip
@@ -230,24 +264,36 @@ def test_train_leaves_alone_what_else_lies_in_its_work_folder(done, base, exampl
         (("train", "nowhere", "--data", "EXAMPLES"), "nowhere"),
         (("recover", "LAW", "--plan", "none.json", "--model", "BASE"), "none.json"),
         (("recover", "nowhere", "--plan", "PLAN", "--model", "BASE"), "nowhere"),
-        (("recover", "LAW", "--plan", "PLAN", "--model", "BASE"), "do not fit"),
-        (("recover", "LAW", "--plan", "PLAN", "--model", "OTHER"), "."),
+        (("recover", "LAW", "--plan", "PLAN", "--model", "BASE"), "law was trained on a whole model"),
+        (("recover", "LAW", "--plan", "PLAN_OF_OTHER", "--model", "nowhere"), "law belongs to base"),
+        (("train", "BASE", "--data", "EXAMPLES", "--deadline", 0), "--deadline is in seconds"),
+        (("train", "BASE", "--data", "EXAMPLES", "--deadline", "nan"), "--deadline is in seconds"),
+        (("prune", "nowhere", "--ratio", 0.3, "--batch", -8), "batch must be int >= 1; got -8"),
+        (("prune", "nowhere", "--ratio", 0.3, "--rank", 0), "rank must be int >= 1"),
+        (("prune", "nowhere", "--budget-mib", "nan"), "--budget-mib must be a finite number"),
+        (("prune", "nowhere", "--budget-mib", -5), "--budget-mib must be a finite number"),
         (("recover", "LAW", "--plan", "EXAMPLES", "--model", "BASE"), "examples.jsonl"),
     ],
 )
 def test_mistakes_of_prune_train_and_recover_are_named(
-    refused, base, other, data, examples, adapters, plan, words, says
+    refused, base, other, data, examples, adapters, plan, place, words, says
 ):
-    names = {"BASE": base, "OTHER": other, "DATA": data, "EXAMPLES": examples, "LAW": adapters[0], "PLAN": plan}
+    names = {"BASE": base, "DATA": data, "EXAMPLES": examples, "LAW": adapters[0], "PLAN": plan}
+    if "PLAN_OF_OTHER" in words:
+        names["PLAN_OF_OTHER"] = random_plan(other, place / "other.plan.json")
     assert says in refused("fuse", *(names.get(w, w) for w in words))
 
 
 @pytest.fixture(scope="module")
 def plan(base, place):
+    return random_plan(base, place / "plan.json")
+
+
+def random_plan(model, file):
     from retouch.fuse.prune import plan_prune, save_plan
 
-    save_plan(plan_prune(open_model(base), ratio=0.3, score="random", align="none"), place / "plan.json")
-    return place / "plan.json"
+    save_plan(plan_prune(open_model(model), ratio=0.3, score="random", align="none"), file)
+    return file
 
 
 # ---------------------------------------------------------------- merge
@@ -336,6 +382,23 @@ def test_a_scale_is_tuned_on_the_questions_that_are_given(done, base, adapters, 
     assert (tmp_path / "fused" / "adapter_model.safetensors").is_file()
 
 
+def test_a_density_that_is_given_as_its_default_is_not_tuned(done, base, adapters, data, tmp_path):
+    words = ("--method", "ties", "--scale", "tune", "--data", data, "--as", "change", "--json")
+    kept = done(*merge(base, *adapters, *words, "--density", 0.2, "-o", tmp_path / "kept")).json["numbers"]
+    assert kept["settings"]["density"] == 0.2 and {t["form"] for t in kept["tuned"]["tried"]} == {""}
+    free = done(*merge(base, *adapters, *words, "-o", tmp_path / "free")).json["numbers"]
+    assert len({t["form"] for t in free["tuned"]["tried"]}) == 4
+
+
+def test_a_smaller_rank_is_announced_and_what_it_kept_is_told(done, base, adapters, tmp_path):
+    said = done(*merge(base, *adapters, "--method", "svd", "--rank", 2, "-o", tmp_path / "fused"))
+    assert "What a smaller rank has kept" in said.out
+    assert json.loads((tmp_path / "fused" / "adapter_config.json").read_text())["r"] == 2
+    record = json.loads((tmp_path / "fused" / "retouch.json").read_text())["notes"]
+    assert record["method"] == "svd" and record["settings"]["rank"] == 2
+    assert set(record["kept_energy"]) == set(WEIGHTS)
+
+
 def test_lorahub_chooses_its_weights_on_the_questions_that_are_given(done, base, adapters, data, tmp_path):
     told = done(*merge(base, *adapters, "--method", "lorahub", "--n-evaluations", 6, "--data", data, "-o",
                        tmp_path / "fused", "--json")).json  # fmt: skip
@@ -366,8 +429,9 @@ def test_a_refusal_leaves_an_earlier_fusion_as_it_was(done, retouch, base, adapt
 
 def test_a_drop_that_is_certified_is_kept_and_told(done, base, adapters, data, tmp_path):
     said = done(*merge(base, *adapters, "--scale", 0.001, "--max-harm", 1, "--data", data, "-o", tmp_path / "fused"))
-    assert "Drop on held-out questions" in said.out
-    assert (tmp_path / "fused").is_dir()
+    assert "Drop on held-out questions" in said.out and "Single adapters on selection questions" in said.out
+    proof = json.loads((tmp_path / "fused" / "retouch.json").read_text())["notes"]["proof"]
+    assert proof["holds"] and proof["limit"] == 1 and len(proof["domains"]) == 4
 
 
 @pytest.mark.parametrize(
@@ -379,7 +443,9 @@ def test_a_drop_that_is_certified_is_kept_and_told(done, base, adapters, data, t
         (("BASE", "LAW", "FILM", "--resolve", "cr-sign:bet=1"), "beta"),
         (("BASE", "LAW", "FILM", "--resolve", "cr-sign:space=full", "--method", "tsv"), "cr_sign"),
         (("BASE", "LAW", "FILM", "--method", "linear"), "rank"),
-        (("BASE", "LAW", "FILM", "--method", "regmean"), "second moments"),
+        (("nowhere", "LAW", "FILM", "--method", "regmean"), "second moments"),  # said before anything is opened
+        (("BASE", "LAW", "FILM", "-o", "LAW"), "The result would replace"),
+        (("BASE", "LAW", "FILM", "-o", "BASE", "--as", "model"), "The result would replace"),
         (("BASE", "LAW", "FILM", "--as", "modle"), "Did you mean 'model'"),
         (("BASE", "LAW", "FILM", "--weights", "1,x"), "--weights must be a number"),
         (("BASE", "LAW", "FILM", "--weights", "1"), "2 adapters need as many weights; got 1"),
@@ -439,12 +505,16 @@ def test_nothing_is_written_into_a_saved_folder(refused, base, adapters):
 
 def test_compose_asks_a_model_and_writes_a_recipe_without_texts(done, base, adapters, data, tmp_path):
     recipe = tmp_path / "recipe.json"
-    words = ("fuse", "compose", "--data", data, "-n", 2, "-o", recipe)
-    first = done(*words, "--model", base, "--json").json
-    assert first["instances"] == 18 and first["domains"] == ["film", "law"]
+    words = ("fuse", "compose", "--data", data)
+    first = done(*words, "-n", 2, "--seed", 3, "--split", "selection", "-o", recipe, "--model", base, "--json").json
+    assert (
+        first["instances"] == 18
+        and json.loads(recipe.read_text())["notes"] == {"seed": 3, "split": "selection"}
+        and first["domains"] == ["film", "law"]
+    )
     assert first["composition_cost"] is not None
-    assert "law test" not in recipe.read_text()
-    assert done(*words, "--model", base, "--json").json == first  # read from the recipe
+    assert "law test" not in recipe.read_text() and "law train" not in recipe.read_text()
+    assert done(*words, "--recipe", recipe, "--model", base, "--json").json == first
     changed = done("fuse", "compose", "--data", data, "-n", 2, "--model", base, "--adapter", adapters[0], "--json").json
     assert changed["n_instances"] == 18
     said = done("fuse", "compose", "--data", data, "-n", 1, "--model", base, "--how", "free")
@@ -469,14 +539,23 @@ def test_compose_writes_each_domains_examples(done, data, tmp_path):
         (("--data", "DATA", "--model", "BASE", "--how", "freely"), "Did you mean 'free'"),
         (("--data", "DATA", "--model", "BASE", "--adapter", "nowhere"), "nowhere"),
         (("--data", "DATA", "--model", "BASE", "-o", "EXAMPLES"), "examples.jsonl"),
+        (("--data", "DATA", "--model", "BASE", "--recipe", "EXAMPLES"), "examples.jsonl"),
+        (("--data", "DATA", "--recipe", "RECIPE", "-k", 2), "so -k has nothing to say"),
+        (("--data", "DATA", "--recipe", "RECIPE", "-n", 1), "so -n has nothing to say"),
+        (("--data", "DATA", "--recipe", "RECIPE", "--once"), "so --once has nothing to say"),
+        (("--data", "DATA", "--recipe", "RECIPE", "--seed", 0), "so --seed has nothing to say"),
+        (("--data", "DATA", "--recipe", "RECIPE", "-o", "x.json"), "so -o has nothing to say"),
+        (("--data", "DATA", "-n", 1, "-o", "RECIPE"), "exists already. To ask what it says: --recipe"),
         (("--data", "text-cd"), "RETOUCH_DATA"),
         (("--data", "DATA", "--template", "plane"), "Did you mean 'plain'"),
     ],
 )
-def test_mistakes_of_compose_are_named(refused, monkeypatch, base, adapters, data, examples, words, says):
+def test_mistakes_of_compose_are_named(refused, monkeypatch, base, adapters, data, examples, tmp_path, words, says):
     monkeypatch.delenv("RETOUCH_DATA", raising=False)
-    names = {"BASE": base, "LAW": adapters[0], "DATA": data, "EXAMPLES": examples}
+    (tmp_path / "recipe.json").write_text("mine")
+    names = {"BASE": base, "LAW": adapters[0], "DATA": data, "EXAMPLES": examples, "RECIPE": tmp_path / "recipe.json"}
     assert says in refused("fuse", "compose", *(names.get(w, w) for w in words))
+    assert (tmp_path / "recipe.json").read_text() == "mine"
 
 
 # ---------------------------------------------------------------- bench

@@ -504,10 +504,10 @@ def test_starting_after_the_block_is_starting_inside_it(open_tiny, family):
         search = Search(model, found, 1, "down", Rome(max_drift=1.0), bystanders=bystanders)
         assert not search.through_down and search.suffix.first == 2
         short = search.terms(delta)
-        lines = search._lines({i: i for i in range(4)}, bystanders)
-        whole = Suffix.of(model, [line.ids for line in lines], [line.anchor for line in lines], 1)
-        search.whole = search.suffix = whole
-        search.through_down = True
+        lines = search.lines
+        search.whole = Suffix.of(model, [line.ids for line in lines], [line.anchor for line in lines], 1)
+        search.row_of, search.through_down = list(range(len(lines))), True
+        search.pack(range(len(lines)))
         for one, two in zip(short, search.terms(delta)):
             assert torch.allclose(one, two, atol=1e-4)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -10,11 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retouch.change import LowRank
+from retouch.errors import UserError
+from retouch.fuse._blocks import Blocks, collected
 from retouch.fuse.base import Adapter, Module, modules, shares
+from retouch.fuse.cat import Cat
 from retouch.fuse.conflict import conflict_of, measure, null_level, report_of
 from retouch.fuse.core import canonical, coordinates, factors
 from retouch.fuse.cr_sign import CRSign
 from retouch.fuse.cr_subspace import CRSubspace
+from retouch.fuse.fusing import resolved as before_method
+from retouch.progress import listen
 from retouch.report import to_json
 
 OUTPUTS, INPUTS = 24, 20
@@ -98,6 +104,69 @@ def test_cosine_and_overlap_are_those_of_the_whole_differences():
     expected = float(d[0] @ d[2] / (d[0].norm() * d[2].norm()))
     assert float(found.cosine[0, 2]) == pytest.approx(expected)
     assert found.norms[1] == pytest.approx(float(d[1].norm()))
+
+
+def padded(part: LowRank, n: int, right: LowRank | None = None) -> LowRank:
+    """The same difference with more columns of zeros in B; A is filled up with zeros, or with rows that do nothing."""
+    rows = torch.zeros(n, part.shape[1]) if right is None else right.right
+    return LowRank(torch.nn.functional.pad(part.left, (0, n)), torch.cat([part.right, rows]))
+
+
+@pytest.mark.parametrize("filled", [None, random_part(9, 6, 200, 200)], ids=["zeros", "idle rows"])
+def test_overlap_is_that_of_the_differences_however_their_factors_are_filled_up(filled):
+    parts = [random_part(i, 2, 200, 200) for i in range(2)]
+    plain, wide = conflict_of(module(*parts)), conflict_of(module(*(padded(p, 6, filled) for p in parts)))
+    for what in ("output_overlap", "input_overlap"):
+        assert torch.allclose(getattr(wide, what), getattr(plain, what), atol=1e-9)
+        assert float(getattr(plain, what)[0, 1]) < 0.05
+    for one, other in zip(wide.chance, plain.chance):
+        assert torch.equal(one, other) and float(one[0, 1]) == 2 / 200
+
+
+def test_a_difference_of_zero_overlaps_with_nothing():
+    part = random_part(1)
+    found = conflict_of(module(part, LowRank(torch.zeros(OUTPUTS, 2), torch.ones(2, INPUTS))))
+    assert torch.allclose(found.output_overlap, torch.tensor([[1.0, 0.0], [0.0, 0.0]]).double())
+    assert torch.isfinite(found.cosine).all()
+
+
+class Counted(Mapping):
+    """Factors that are made when they are read, and note each reading."""
+
+    def __init__(self, names, readings):
+        self.names, self.readings = names, readings
+
+    def __getitem__(self, name):
+        self.readings.append(name)
+        return random_part(len(name))
+
+    def __iter__(self):
+        return iter(self.names)
+
+    def __contains__(self, name):
+        return name in self.names
+
+    def __len__(self):
+        return len(self.names)
+
+
+def test_one_weight_s_factors_are_in_memory_at_a_time():
+    names = [f"blocks.{b}.mlp.down" for b in range(5)]
+    readings = []
+    adapters = [Adapter(f"site {i}", Counted(names, readings), "base") for i in range(3)]
+    heard = []
+    with listen(lambda what, done, total: heard.append((done, total, len(readings)))):
+        found = measure(adapters)
+    assert [c.name for c in found] == names
+    assert heard == [(n, 5, 3 * n) for n in range(6)]  # nothing is read before it is its turn
+
+
+def test_the_report_shows_the_shares_of_the_fusion():
+    part = {"blocks.0.mlp.up": random_part(1)}
+    adapters = [Adapter("small", part, "b", n_examples=10), Adapter("loud", part, "b", n_examples=10**12)]
+    share = shares(adapters, "examples")
+    table = report_of(measure(adapters, share), ["small", "loud"], "tiny", weights=share).tables[-1]
+    assert table.rows == (("small", share[0]), ("loud", share[1])) and share[1] > 0.999
 
 
 def test_the_report_names_the_worst_weight_and_pair():
@@ -198,6 +267,30 @@ def test_full_space_masking_is_ties_election_at_full_strength():
     assert CRSign(space="core").entries(m) is None
 
 
+def cut_columns(part: LowRank, columns: list[int]) -> LowRank:
+    right = part.right.clone()
+    right[:, columns] = 0
+    return LowRank(part.left, right)
+
+
+@pytest.mark.parametrize("space", ["full", "core"])
+def test_the_random_control_takes_as_much_as_the_rule_from_each_row_and_elsewhere(space):
+    parts = [random_part(0), random_part(1), cut_columns(random_part(2), [0, 7, 11])]
+    x = torch.stack([p.delta() for p in parts]) / 3
+    rule, control = (CRSign(random=r, space=space)._masked(x, (0.3, 1.0), 0, "w") for r in (False, True))
+    assert torch.equal(control.sort(2).values, rule.sort(2).values)
+    assert (control[2][:, [0, 7, 11]] == 1).all()  # what the edge could not see has nothing to be taken away
+    assert float((control != rule).double().mean()) > 0.2
+    assert torch.equal(control, CRSign(random=True)._masked(x, (0.3, 1.0), 0, "w"))
+    assert not torch.equal(control, CRSign(random=True, seed=1)._masked(x, (0.3, 1.0), 0, "w"))
+
+
+def test_the_random_control_has_the_same_bits_for_any_number_of_rows_at_once():
+    m = before_method(module(*(random_part(i, outputs=600) for i in range(3))), Cat(), CRSign(random=True))
+    one, other = (collected(Blocks(m, rows), lambda v, _: v.sum(0)) for rows in (256, 600))
+    assert torch.equal(one, other)
+
+
 def test_a_weight_at_chance_level_is_left_alone_by_the_module_gate():
     parts = [random_part(i) for i in range(3)]
     agreeing = [LowRank(parts[0].left, parts[0].right + 0.05 * p.right) for p in parts]
@@ -207,8 +300,6 @@ def test_a_weight_at_chance_level_is_left_alone_by_the_module_gate():
 
 
 def test_modules_and_shares_refuse_what_does_not_belong_together():
-    from retouch.errors import UserError
-
     a = Adapter("a", {"blocks.0.mlp.up": random_part(1)}, "one", n_examples=100)
     b = Adapter("b", {"blocks.0.mlp.up": random_part(2)}, "two")
     with pytest.raises(UserError, match="different base models"):
@@ -224,3 +315,7 @@ def test_modules_and_shares_refuse_what_does_not_belong_together():
             shares([a, c], wrong)
     with pytest.raises(UserError, match="no adapter"):
         shares([])
+    loud = Adapter("loud", a.parts, "one", n_examples=10**400)
+    with pytest.raises(UserError, match="loud says that over 1,000,000,000,000 examples"):
+        shares([a, loud], "examples")
+    assert shares([a, loud]) == (0.5, 0.5)

@@ -221,6 +221,116 @@ def test_deadline_gives_a_partial_adapter_that_goes_on(model: Model, edges: list
     assert not again.finished
 
 
+@pytest.mark.parametrize(
+    "wish", [{"budget_mib": 1.0}, {"rank": 1024}, {"ratio": 0.99}, {"budget_mib": 9.0, "ratio": 0.2}]
+)
+def test_edge_with_an_impossible_wish_is_left_out_and_the_folder_goes_on(
+    model: Model, edges: list[EdgeSpec], tmp_path: Path, wish: dict[str, Any]
+) -> None:
+    able, odd = [capabilities(e) for e in edges], Capabilities("odd", **wish)
+    cloud = Cloud(model, fuse_edges.run(), tmp_path / "run")
+    assert [a.name for a in cloud.assign([*able, odd])] == ["law", "news"]
+    entry = cloud.journal.entries()[-1]
+    assert (entry.node, entry.state, entry.plan) == ("odd", "refused", "") and "The edge odd" in entry.why
+    assert set(json.loads((tmp_path / "run" / "edges.json").read_text())) == {"law", "news"}
+    for spec, a in zip(edges, cloud.assignments.values()):
+        cloud.receive(a, done(a, spec))
+    outcome = cloud.fuse()
+    assert outcome.edges == ("law", "news") and outcome.absent == ("odd",) and "odd" in outcome.why["odd"]
+    again = Cloud(model, fuse_edges.run(), tmp_path / "run")
+    assert [a.finished for a in again.assign([*able, Capabilities("odd", ratio=0.2)])] == [True, True, False]
+
+
+def test_folder_whose_list_of_edges_holds_an_impossible_one_still_works(
+    model: Model, edges: list[EdgeSpec], tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    plain = {"number": 0, "budget_mib": 1.0, "ratio": None, "rank": None}
+    (tmp_path / "run" / "edges.json").write_text(json.dumps({"odd": plain}), encoding="utf-8")
+    cloud, a = started(model, edges, tmp_path / "run")
+    assert a.name == "law" and set(cloud.unfit) == {"odd"}
+
+
+def test_refusals_that_leave_too_few_end_the_run_before_training(
+    model: Model, edges: list[EdgeSpec], tmp_path: Path
+) -> None:
+    cloud = Cloud(model, fuse_edges.run(quorum=0.9), tmp_path / "run")
+    with pytest.raises(UserError, match=r"2 of 3 edges can take part, and 3 are needed.*odd"):
+        cloud.assign([*map(capabilities, edges), Capabilities("odd", budget_mib=1.0)])
+    assert not (tmp_path / "run" / "edges.json").exists() and not (tmp_path / "run" / "packages").exists()
+
+
+def test_one_edge_cannot_stop_a_run_by_what_it_keeps_to_itself(
+    model: Model, edges: list[EdgeSpec], tmp_path: Path
+) -> None:
+    able = [capabilities(e) for e in edges]
+    shy = [
+        Capabilities("vague", n_examples="<100"),
+        Capabilities("none", n_examples="0"),
+        Capabilities("noisy", n_examples="5", privacy="local-dp"),
+        Capabilities("masked", n_examples="5", privacy="secagg-linear"),
+        Capabilities("unknown", n_examples="5", privacy="magic"),
+    ]
+    cloud = Cloud(model, fuse_edges.run(weights="examples", quorum=0.2), tmp_path / "run")
+    assert {a.name for a in cloud.assign([*able, *shy])} == {"law", "news"}
+    assert set(cloud.unfit) == {e.name for e in shy}
+    assert [e.state for e in cloud.journal.entries()] == ["refused"] * 5
+
+
+def test_unequal_ranks_leave_the_few_out(model: Model, tmp_path: Path) -> None:
+    from retouch import registry
+
+    run = dataclasses.replace(fuse_edges.run(), method=registry.make("fuse", "linear"))
+    edges = [Capabilities(name, rank=rank) for name, rank in {"a": 2, "b": 4, "c": 2}.items()]
+    cloud = Cloud(model, run, tmp_path / "run")
+    assert [a.name for a in cloud.assign(edges)] == ["a", "c"] and "equal ranks" in cloud.unfit["b"]
+
+
+@pytest.mark.parametrize(("weights", "told", "taken"), [("examples", "<100", False), ("examples", "0", False),
+    ("examples", "7", True), ("equal", "<100", True), ("equal", "0", True), ("equal", "9" * 400, False),
+    ("equal", "\u0663", False)])  # fmt: skip
+def test_number_of_examples_is_checked_when_it_arrives(
+    model: Model, edges: list[EdgeSpec], tmp_path: Path, weights: str, told: str, taken: bool
+) -> None:
+    cloud, a = started(model, edges, tmp_path / "run", weights=weights)
+    upload = done(a, edges[0])
+    answer = dataclasses.replace(upload, facts={**upload.facts, "n_examples": told})
+    if taken:
+        cloud.receive(a, answer)
+    else:
+        with pytest.raises(StoreError, match="number of examples"):
+            cloud.receive(a, answer)
+    assert cloud.journal.entries()[-1].state == ("received" if taken else "refused")
+
+
+@pytest.mark.parametrize("name", ["loss", "epsilon", "delta", "max_norm", "noise"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_refused_and_journalled(
+    model: Model, edges: list[EdgeSpec], tmp_path: Path, name: str, value: float
+) -> None:
+    cloud, a = started(model, edges, tmp_path / "run")
+    upload = done(a, edges[0])
+    with pytest.raises(StoreError, match=f"{name} must be a finite number"):
+        cloud.receive(a, dataclasses.replace(upload, facts={**upload.facts, name: value}))
+    assert cloud.journal.entries()[-1].state == "refused" and "law" in cloud.why
+
+
+def test_failing_edge_does_not_end_a_simulation(model: Model, edges: list[EdgeSpec], tmp_path: Path) -> None:
+    rows = [{"prompt": "The end is", "target": " far" * 30}]
+    (tmp_path / "odd.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    odd = EdgeSpec("odd", tmp_path / "odd.jsonl", ratio=0.2)
+    outcome = simulate(model, [*edges, odd], fuse_edges.run(lora={"max_tokens": 8}), tmp_path / "run")
+    assert outcome.edges == ("law", "news") and outcome.absent == ("odd",)
+    states = {e.node: e.state for e in Journal(tmp_path / "run" / "journal.jsonl").entries() if e.state == "failed"}
+    assert states == {"odd": "failed"} and outcome.why["odd"].startswith("odd: ")
+
+
+def test_too_few_edges_are_refused_before_they_train(model: Model, edges: list[EdgeSpec], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="1 edge cannot give the 2 adapters"):
+        simulate(model, edges[:1], fuse_edges.run(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_run_survives_its_file(tmp_path: Path) -> None:
     from retouch import registry
 

@@ -13,12 +13,15 @@ import pytest
 
 from retouch import store
 from retouch.errors import RetouchError, UserError
-from retouch.fuse._processes import Program, Programs
+from retouch.fuse._app import FILES
+from retouch.fuse._processes import Program, Programs, executable
+from retouch.fuse._superlink import is_loopback
 from retouch.fuse.cloud import Outcome
-from retouch.fuse.deployment import Connection, free_port, join, register, serve, submit
+from retouch.fuse.deployment import Connection, environment, free_port, join, register, revoke, serve, submit
 from retouch.fuse.edge import EdgeSpec
 from retouch.fuse.journal import Journal
 from retouch.fuse.keys import Keys, make_keys
+from retouch.fuse.roster import Roster
 from retouch.fuse.simulate import simulate
 
 pytestmark = pytest.mark.slow
@@ -85,6 +88,92 @@ def wait_for_task(journal: Path, name: str, started: Future[Outcome]) -> None:
     while not any(e.node == name and e.state == "sent" for e in Journal(journal).entries()):
         assert not started.done(), started.result()
         time.sleep(0.2)
+
+
+def test_revoked_edge_is_turned_away_now_and_after_a_restart(
+    programs: Programs, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    edges = fuse_edges.specs(tmp_path)
+    keys = make_keys(tmp_path / "keys", ["cloud.example"], fuse_edges.EDGES)
+    deployment = Deployment(programs, tmp_path / "nodes", keys)
+    for spec in edges:
+        assert register(deployment.cloud, keys.edges[spec.name] / "node.pub")
+    assert revoke(deployment.cloud, "law")
+    refused = deployment.edge(edges[0])
+    ended = time.monotonic() + 60
+    while refused.running and time.monotonic() < ended:
+        time.sleep(0.2)
+    assert refused.process.poll() not in (None, 0)
+
+    deployment.link.stop()
+    assert not revoke(deployment.cloud, "news")  # nothing runs: the next start turns it away
+    again = Deployment(programs, tmp_path / "nodes", keys)
+    assert not any(register(again.cloud, keys.edges[spec.name] / "node.pub") for spec in edges)
+    assert [entry.node for entry in Roster(again.cloud.home).known] == [None, None]
+
+
+FOREIGN = """
+import time
+from pathlib import Path
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+
+client, server = ClientApp(), ServerApp()
+
+@client.query("capabilities")
+def steal(message, context):
+    text = Path(context.node_config["data"]).read_text()
+    return Message(RecordDict({"stolen": ConfigRecord({"text": text})}), reply_to=message)
+
+@server.main()
+def main(grid, context):
+    while not (nodes := list(grid.get_node_ids())):
+        time.sleep(0.5)
+    (reply,) = grid.send_and_receive([Message(RecordDict(), nodes[0], "query.capabilities", ttl=60)], timeout=60)
+    Path(context.run_config["place"]).write_text(repr(reply.error) if reply.has_error() else ",".join(reply.content))
+"""
+
+
+def test_others_cannot_control_the_cloud_nor_bring_programs_to_an_edge(
+    programs: Programs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    if (outside := own_address()) is None:
+        pytest.skip("this machine has no address that others could reach")
+    edge = fuse_edges.specs(tmp_path)[0]
+    keys, port = make_keys(tmp_path / "keys", [outside], ["law", "stranger"]), free_port()
+    _, cloud = serve(programs, tmp_path / "cloud", host=outside, port=port, keys=keys.cloud)
+    elsewhere = Connection(f"{outside}:{port}", tmp_path / "elsewhere", keys.edges["law"] / "ca.pem")
+    with pytest.raises(RetouchError, match="403"):
+        register(elsewhere, keys.edges["stranger"] / "node.pub")
+    app, told = tmp_path / "foreign", tmp_path / "told"
+    app.mkdir()
+    (app / "pyproject.toml").write_text(
+        FILES["pyproject.toml"].replace("retouch_edges:", "foreign:").replace("retouch-folder", "place")
+    )
+    (app / "foreign.py").write_text(FOREIGN)
+    command = [executable("flwr"), "run", str(app), "retouch", "--run-config", f'place="{told}"', "--stream"]
+    remote = programs.start("From elsewhere", command, environment(elsewhere.home), tmp_path / "remote.log")
+    assert remote.process.wait(60) != 0 and "403" in remote.tail(40) and not told.exists()
+
+    register(cloud, keys.edges["law"] / "node.pub")  # who controls the cloud may start any program there
+    there = Connection(elsewhere.address, tmp_path / "law" / "flower")
+    join(programs, there, edge, tmp_path / "law", keys=keys.edges["law"])
+    run = programs.start("On the cloud", command, environment(cloud.home), tmp_path / "here.log")
+    run.wait_until(told.exists, 120, "the edge has answered")
+    assert told.read_text() == "capabilities"
+
+
+def own_address() -> str | None:
+    """Return an address of this machine that is not loopback."""
+    import socket
+
+    import psutil  # type: ignore[import-untyped]
+
+    found = [a.address for some in psutil.net_if_addrs().values() for a in some if a.family == socket.AF_INET]
+    return next((a for a in found if not is_loopback(a)), None)
 
 
 def test_link_without_keys_stays_on_this_machine(programs: Programs, tmp_path: Path) -> None:

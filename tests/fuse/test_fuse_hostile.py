@@ -1,5 +1,6 @@
 """Adapters made to do harm: each is refused with its reason, quickly, in little memory, and nothing is written."""
 
+import base64
 import contextlib
 import gzip
 import io
@@ -238,6 +239,31 @@ def record(**values: Any) -> Any:
     return make
 
 
+def swollen(name: str, make_special: Any = None) -> Any:
+    """A file of three billion bytes that cost nothing, or no file at all, which the list of files knows."""
+
+    def make(folder):
+        listed = json.loads((folder / "manifest.json").read_text())
+        listed["files"].setdefault(name, {"sha256": "0" * 64})["bytes"] = 3 << 30
+        (folder / "manifest.json").write_text(json.dumps(listed))
+        (folder / name).unlink(missing_ok=True)
+        if make_special is not None:
+            make_special(folder / name)
+            return
+        with (folder / name).open("wb") as file:
+            file.truncate(3 << 30)
+
+    return make
+
+
+DIGITS = "9" * 4_300
+"""A number as long as Python reads one; a longer one it neither reads nor writes."""
+
+
+def digits(shape: str, offsets: str) -> Any:
+    return header(lambda told: f'{{"{A}":{{"dtype":"F32","shape":[{shape}],"data_offsets":[{offsets}]}}}}')
+
+
 def edited_config(folder: Path) -> None:
     relisted(folder, CONFIG, (folder / CONFIG).read_bytes().replace(b'"lora_alpha": 2', b'"lora_alpha": 9'))
 
@@ -246,6 +272,13 @@ def flipped(folder: Path) -> None:
     data = bytearray((folder / TENSORS).read_bytes())
     data[-1] ^= 1
     (folder / TENSORS).write_bytes(data)
+
+
+DOWN = "blocks.0.mlp.down"
+
+
+def seen(weight: str, bits: bytes, axis: str = "columns") -> dict[str, Any]:
+    return {"sets": [base64.b64encode(bits).decode()], "weights": {weight: [axis, 0]}}
 
 
 @dataclass(frozen=True)
@@ -383,6 +416,9 @@ CASES = {
     "endless header": Case(header(lambda t: None, size=2**63), "is larger than"),
     "header past the end": Case(header(lambda t: None, size=10**5), "does not fit into a file"),
     "header is no text": Case(header(lambda t: b"\xff\xfe{}"), "not valid JSON"),
+    "offsets of endless digits": Case(digits("0", f"{DIGITS},{DIGITS}"), "go beyond its"),
+    "shape of endless digits": Case(digits(f"0,{DIGITS}", "0,0"), "go beyond its"),
+    "both of endless digits": Case(digits(f"1,{DIGITS}", f"0,{DIGITS}"), "go beyond its"),
     "gzip": Case(zipped, "gzip archive"),
     "integers": Case(entry(dtype="I32"), "'I32'; factors are"),
     "type of another type": Case(entry(dtype=["F32"]), "factors are"),
@@ -400,6 +436,18 @@ CASES = {
     "file missing": Case(lambda f: (f / "README.md").unlink(), "is incomplete", own=True),
     "list leads outside": Case(put("manifest.json", b'{"format": 1, "files": {"../x": {"sha256": "", "bytes": 0}}}'), "list of files", own=True),
     "deep list": Case(put("manifest.json", b"[" * 40_000), "nested too deeply", own=True),
+    "card of three billion bytes": Case(swollen("README.md"), "README.md has 3,221,225,472 bytes; at most", own=True),
+    "record of three billion bytes": Case(swollen("retouch.json"), "retouch.json has 3,221,225,472 bytes", own=True),
+    "list of three billion bytes": Case(swollen("manifest.json"), "manifest.json has 3,221,225,472 bytes", own=True),
+    "pipe for a card": Case(swollen("README.md", os.mkfifo), "no regular file", own=True),
+    "more examples than there are": Case(record(n_examples=10**400), "n_examples", own=True),
+    "seen: no object": Case(record(kept=[]), "lacks what the edge could see", own=True),
+    "seen: another weight": Case(record(kept=seen("blocks.9.mlp.down", b"\x01")), "lacks what the edge", own=True),
+    "seen: another axis": Case(record(kept=seen(DOWN, b"\x01" * 8, "diagonal")), "lacks what the edge", own=True),
+    "seen: too few bits": Case(record(kept=seen(DOWN, b"\x01")), "lacks what the edge", own=True),
+    "seen: nothing": Case(record(kept=seen(DOWN, b"\0" * 8)), "lacks what the edge", own=True),
+    "seen: no text": Case(record(kept={"sets": [["a"] * 9], "weights": {DOWN: ["columns", 0]}}), "lacks what the edge", own=True),
+    "seen: less than is changed": Case(record(kept=seen(DOWN, b"\x01" * 8)), "is changed in columns that", own=True),
     "another kind": Case(record(kind="change"), "no adapter of format 1", own=True),
     "later format": Case(record(format=2), "Update Retouch", own=True),
     "examples of text": Case(record(n_examples="many"), "n_examples", own=True),
@@ -477,6 +525,20 @@ def test_a_hostile_adapter_is_refused_with_its_reason(llama, watch, request, nam
 
 def _state(root):
     return {str(p): (p.lstat().st_mode, p.lstat().st_size, p.lstat().st_mtime_ns) for p in root.rglob("*")}
+
+
+@pytest.mark.parametrize("told", [("[0]", DIGITS, DIGITS), (f"[0,{DIGITS}]", "0", "0")], ids=["offsets", "shape"])
+def test_a_reply_with_endless_digits_is_refused_too(told):
+    from flwr.app import Array, ArrayRecord
+
+    from retouch.fuse._records import _unpacked
+
+    shape, start, end = told
+    text = f'{{"x.lora_A":{{"dtype":"F32","shape":{shape},"data_offsets":[{start},{end}]}}}}'.encode()
+    data = len(text).to_bytes(8, "little") + text
+    record = ArrayRecord({"safetensors": Array("uint8", (len(data),), "safetensors", data)})
+    with pytest.raises(StoreError, match="go beyond its"):
+        _unpacked(record, "the answer from law")
 
 
 def test_the_corpus_is_as_large_as_promised():

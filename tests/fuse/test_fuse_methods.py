@@ -17,6 +17,7 @@ from retouch.fuse._blocks import draws
 from retouch.fuse.base import Adapter, Ground, Resolver, modules, shares
 from retouch.fuse.core import coordinates
 from retouch.fuse.coverage import corrected, covered
+from retouch.fuse.cr_subspace import CRSubspace
 from retouch.fuse.fedex import next_round, residual
 from retouch.fuse.fusing import stream
 from retouch.fuse.tsv import polar
@@ -245,6 +246,51 @@ def test_regmean_reads_moments_of_kept_inputs_and_of_the_core():
     alone = [i for i in range(9, 17) if i % 2 == 0]  # seen by the first edge alone: its word stands
     assert gap(small.delta()[:, alone], deltas(given)[0][:, alone]) < 0.5
     assert float(small.delta()[:, [11, 13, 15]].abs().max()) == 0
+
+
+def test_regmean_stands_inputs_that_depend_on_one_another(three):
+    """Moments of rank 2 + 3 + 4 in 17 inputs, unshrunk: the answer of least size, from the pseudo-inverse."""
+    draw = torch.Generator().manual_seed(3)
+    x = [torch.randn(n, 17, generator=draw).double() for n in (2, 3, 4)]
+    g = [v.T @ v / len(v) for v in x]
+    out = fused(make("regmean", shrink=1.0), three, WEIGHTS, ground=Ground(None, moments=[{NAME: m} for m in g]))
+    whole = sum(w * m for m, w in zip(g, WEIGHTS))
+    truth = sum(w * d @ m for d, m, w in zip(deltas(three), g, WEIGHTS)) @ torch.linalg.pinv(whole, rtol=1e-9)
+    assert gap(out, truth) < 1e-3
+
+
+def test_regmean_names_moments_that_no_inputs_have(three):
+    bad = [torch.diag(torch.ones(17)) + 3 * (torch.ones(17, 17) - torch.eye(17)) * s for s in (-1, -0.9, -0.8)]
+    with pytest.raises(UserError, match=f"second moments of {NAME} add up .* larger ridge"):
+        fused(make("regmean", shrink=1.0), three, ground=Ground(None, moments=[{NAME: m} for m in bad]))
+
+
+def test_regmean_behind_a_resolver_keeps_to_the_sum_of_ranks(three):
+    ground = Ground(None, moments=[{NAME: m} for m in moments(3)])
+    out = fused(make("regmean"), three, WEIGHTS, ground=ground, resolver=CRSubspace())
+    assert out.rank <= 6
+
+
+@pytest.mark.parametrize("name", [n for n in OWN if n not in ("linear",)])
+def test_a_weight_that_only_adapters_of_weight_0_change_stays_as_it_is(name):
+    one, two = adapters(ranks=(2, 3))
+    alone = dataclasses.replace(two, parts={**two.parts, "blocks.1.mlp.down": low(12, 17, 2, 9)})
+    found = {k: Ground(None, moments=[{NAME: m} for m in moments(2)]) for k in ("regmean",)}
+    out = dict(stream(make(name), [one, alone], (1.0, 0.0), found.get(name)))
+    assert not out["blocks.1.mlp.down"].delta().any() and out[NAME].delta().any()
+
+
+@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("shape", [(12, 17), (4, 17)])
+def test_no_difference_has_a_higher_rank_than_its_method_announces(name, shape):
+    given = adapters(*shape, ranks=(2, 2, 2))
+    settings = [{}, *({"published": True} for _ in range(name in ("iso", "tsv")))]
+    settings += [{"rank": r} for r in (1, 5, 40) if name in ("svd", "ties", "dare", "magnitude")]
+    ground = Ground(None, moments=[{NAME: m} for m in moments(3)])
+    for values in settings:
+        method = make(name, **values)
+        announced = method.out_rank((2, 2, 2), shape)
+        assert fused(method, given, ground=ground).rank == announced <= min(shape), values
 
 
 # ---------------------------------------------------------------- coverage

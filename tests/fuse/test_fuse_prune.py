@@ -9,7 +9,7 @@ import torch
 from fuse_pruning import PRUNABLE, TEXT, logits, opened, rows
 
 from retouch import store
-from retouch.errors import ModelError, StoreError, UserError, WrongBase
+from retouch.errors import ModelError, SettingsError, StoreError, UserError, WrongBase
 from retouch.fuse import memory
 from retouch.fuse._units import KeptUnits, dense_blocks, units_of
 from retouch.fuse.memory import Load
@@ -202,9 +202,29 @@ def test_requests_that_make_no_sense(tiny: Any) -> None:
     for how in ({"ratio": None}, {"budget_mib": 100}):
         with pytest.raises(UserError, match="budget_mib or ratio"):
             planned(model, **how)
+    for budget in (float("nan"), float("inf"), -5.0, 0.0):
+        with pytest.raises(UserError, match="finite number above 0"):
+            planned(model, ratio=None, budget_mib=budget)
     with pytest.raises(UserError, match="all of them stay whole"):
         planned(model, n_first=4)
     assert dense_blocks(80, None, None) == [*range(7), 76, 77, 78, 79]
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ({"batch": -8}, "batch must be int >= 1; got -8"),
+        ({"rank": 0}, "rank must be int >= 1"),
+        ({"n_tokens": 0}, "n_tokens must be"),
+        ({"n_answer_tokens": -1}, "n_answer_tokens must be"),
+        ({"bytes_per_weight": 3}, "bytes_per_weight must be 1|2|4"),
+        ({"dropout": float("nan")}, "dropout must be"),
+    ],
+)
+def test_a_load_that_no_edge_can_have_is_refused(how: dict[str, Any], says: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        Load(**how)
+    assert says in str(caught.value)
 
 
 # ---------------------------------------------------------------- plans and folders

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,8 @@ from fuse_pruning import PRUNABLE, TEXT, added, logits, opened, random_adapter
 from retouch.change import LowRank
 from retouch.errors import StoreError, UserError, WrongBase
 from retouch.fuse._units import units_of
+from retouch.fuse.adapter_file import Origin, open_adapter, origin_of, write_adapter
+from retouch.fuse.merging import seen_by_edges
 from retouch.fuse.prune import PrunePlan, plan_prune
 from retouch.fuse.pruned import pruned
 from retouch.fuse.recover import gamma, propagate, recover, restricted, scaled
@@ -61,6 +65,76 @@ def test_recovered_factors_are_the_trained_ones_and_zeros(tiny: Any, name: str) 
     back = restricted(full, plan, model)
     assert all(torch.equal(back.parts[n].left, p.left) for n, p in adapter.parts.items())
     assert all(torch.equal(back.parts[n].right, p.right) for n, p in adapter.parts.items())
+
+
+class Unread(Mapping):
+    """The factors of an adapter whose reading is an error."""
+
+    def __init__(self, parts: Mapping[str, LowRank]) -> None:
+        self.parts = parts
+
+    def __getitem__(self, name: str) -> LowRank:
+        raise AssertionError(f"{name} was read")
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.parts
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.parts)
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+
+def test_asking_which_weights_there_are_reads_none(tiny: Any) -> None:
+    model, plan, _, adapter = setup(tiny, "llama")
+    full = recover(dataclasses.replace(adapter, parts=Unread(adapter.parts)), plan, model)
+    assert "blocks.1.mlp.up" in full.parts and "blocks.9.mlp.up" not in full.parts
+    assert set(full.parts) == set(adapter.parts) and len(full.parts) == len(adapter.parts)
+    with pytest.raises(AssertionError, match="was read"):
+        full.parts["blocks.1.mlp.up"]
+
+
+def test_what_edges_saw_is_kept_in_the_file_also_where_training_left_zeros(tiny: Any, tmp_path: Path) -> None:
+    model, plan, _, adapter = setup(tiny, "llama")
+    up, down = "blocks.1.mlp.up", "blocks.1.mlp.down"
+    left, right = adapter.parts[up].left.clone(), adapter.parts[down].right.clone()
+    left[2], right[:, 5] = 0, 0  # a neuron that never fired
+    parts = {
+        **adapter.parts,
+        up: LowRank(left, adapter.parts[up].right),
+        down: LowRank(adapter.parts[down].left, right),
+    }
+    full = recover(dataclasses.replace(adapter, parts=parts), plan, model)
+    write_adapter(tmp_path / "a", full.parts.items(), dict.fromkeys(parts, 3), model, plan=plan.hash, kept=full.kept)
+    back = open_adapter(tmp_path / "a", model)
+    assert back.kept == full.kept and seen_by_edges(back, model) is back
+    assert back.notes["kept"][up] == ["rows", len(full.kept[up].index)]
+    with pytest.raises(UserError, match="recovered already"):
+        recover(back, plan, model)
+    with pytest.raises(StoreError, match="recovered already"):
+        open_adapter(tmp_path / "a", pruned(model, plan))
+
+
+def test_a_file_says_that_nothing_was_pruned(tiny: Any, tmp_path: Path) -> None:
+    model, plan, _, adapter = setup(tiny, "llama", ratio=0.0)
+    left = adapter.parts["blocks.1.mlp.up"].left.clone()
+    left[2] = 0
+    parts = {**adapter.parts, "blocks.1.mlp.up": LowRank(left, adapter.parts["blocks.1.mlp.up"].right)}
+    full = recover(dataclasses.replace(adapter, parts=parts), plan, model)
+    write_adapter(tmp_path / "a", full.parts.items(), dict.fromkeys(parts, 3), model, plan=plan.hash, kept=full.kept)
+    back = open_adapter(tmp_path / "a", model)
+    assert back.kept == {} and seen_by_edges(back, model).kept == {}
+    assert origin_of(tmp_path / "a") == Origin(model.base_fingerprint, plan.hash, recovered=True)
+
+
+def test_a_change_where_the_edge_is_said_to_have_seen_nothing_is_not_written(tiny: Any, tmp_path: Path) -> None:
+    model, plan, _, adapter = setup(tiny, "llama")
+    full = recover(adapter, plan, model)
+    narrower = {n: dataclasses.replace(k, index=k.index[1:]) for n, k in full.kept.items()}
+    with pytest.raises(StoreError, match="said not to have had"):
+        write_adapter(tmp_path / "a", full.parts.items(), dict.fromkeys(full.parts, 3), model, kept=narrower)
+    assert not (tmp_path / "a").exists()
 
 
 def test_nothing_pruned_is_the_identity_and_scaling_commutes(tiny: Any) -> None:

@@ -11,6 +11,7 @@ import torch
 from retouch.change import Change, LowRank
 from retouch.errors import UserError
 from retouch.fuse.base import FuseMethod
+from retouch.fuse.knots import Knots
 from retouch.fuse.tuning import LAMS, scaled, tune, variants
 from retouch.settings import setting
 
@@ -59,6 +60,11 @@ def test_a_density_is_tuned_with_the_scale():
     tuned = tune(variants(Dense()), planned, peak_at(0.1, []), 50)
     assert tuned.method.density * tuned.method.lam == pytest.approx(0.1)
     assert set(variants(Dense())) == {"density=0.2", "density=0.5", "density=0.8", "density=1"}
+
+
+def test_a_density_that_the_rule_does_not_look_at_is_not_tried():
+    assert list(variants(Knots(rule="mean"))) == [""]
+    assert len(variants(Knots())) == 4
 
 
 @pytest.mark.parametrize(("best", "beyond"), [(0.01, 0.18), (100.0, 6.75)])

@@ -289,3 +289,37 @@ def test_bounded_says_where_no_weights_keep_the_limit(model, law, film, costly, 
 def test_weights_stay_in_their_box(model, film, opposed):
     change = make("bounded", box=0.4, n_steps=15, reference="base").plan(opposed, ground=grounds(model, {"film": film}))
     assert max(map(abs, change.notes["weights"])) <= 0.4
+
+
+def test_a_weight_for_each_module_undoes_what_one_weight_cannot(model, film, towards):
+    """An adapter that helps in one matrix and harms in another."""
+    helps, harms = WEIGHTS
+    parts = {helps: towards[helps], harms: LowRank(-towards[harms].left, towards[harms].right)}
+    other = {helps: towards[helps]}  # changes one of the two alone
+    given = [adapter(model, "mixed", parts), adapter(model, "half", other, 0.1)]
+    ground, how = grounds(model, {"film": film}), {"max_drop": 1.0, "reference": "base", "n_steps": 20, "n_rounds": 1}
+    one = make("bounded", **how).plan(given, ground=ground)
+    each = make("bounded", per="module", **how).plan(given, ground=ground)
+    assert "weights_of" not in one.notes
+    assert each.notes["weighing"]["cross_entropy"] < one.notes["weighing"]["cross_entropy"] - 0.01
+    own = each.notes["weights_of"]
+    assert set(own) == set(WEIGHTS) and own[helps][0] > 0.5 > 0 > own[harms][0]
+    assert each.notes["weights"] == pytest.approx([sum(column) / 2 for column in zip(*own.values())])
+    json.dumps(each.notes)
+    wanted = sum(w * a.parts[helps].delta() for w, a in zip(own[helps], given))
+    assert torch.allclose(each.parts[helps].delta(), wanted, atol=1e-5)
+    assert torch.allclose(each.parts[harms].delta(), own[harms][0] * parts[harms].delta(), atol=1e-5)
+    streamed = dict(make("bounded", per="module", **how).stream(given, [0.5, 0.5], ground))
+    assert torch.equal(streamed[harms].delta(), each.parts[harms].delta())
+
+
+def test_equal_weights_in_all_modules_are_one_weight(model, law, film):
+    given = [adapter(model, "law", steps(model, (law, 1.0))), adapter(model, "film", steps(model, (film, -1.5)))]
+    mixture, w = Mixture(given, grounds(model, {"law": law, "film": film}), 100, 0), torch.tensor([0.7, -0.4])
+    assert set(mixture.modules) == set(WEIGHTS)
+    assert torch.equal(mixture.ask(w).likely, mixture.ask(w.expand(2, -1)).likely)
+    uneven = mixture.ask(torch.tensor([[0.7, -0.4], [0.0, 0.0]])).likely
+    first = [adapter(model, a.name, {n: p for n, p in a.parts.items() if n == mixture.modules[0]}) for a in given]
+    assert torch.allclose(
+        uneven, Mixture(first, grounds(model, {"law": law, "film": film}), 100, 0).ask(w).likely, atol=1e-5
+    )

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import copy
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 import recommend_made as made
 import torch
 
+from retouch.errors import StoreDown
 from retouch.recommend.base import Item
 from retouch.recommend.bundle import Bundle, save_bundle
 from retouch.recommend.fitted import PolicyScorer
@@ -17,9 +25,39 @@ from retouch.recommend.generator import SIZES, Generator
 from retouch.recommend.instruction import Instructions
 from retouch.recommend.policy import Policy
 from retouch.recommend.prototypes import Prototypes
-from retouch.recommend.record import Record, Versions, encode, history_hash
+from retouch.recommend.record import Record, Versions, encode, history_hash, tail_hash
 from retouch.recommend.splits import split
+from retouch.recommend.stores import open_store
 from retouch.recommend.tokenise import assign
+
+
+@contextmanager
+def redis_server(folder):
+    """Run a server of this machine: its address and its process."""
+    server = shutil.which("redis-server") or shutil.which("valkey-server")
+    if server is None:
+        pytest.skip("no redis-server or valkey-server is installed")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = subprocess.Popen(
+        [server, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(folder)],
+        stdout=subprocess.DEVNULL,
+    )
+    url = f"redis://127.0.0.1:{port}/0"
+    for _ in range(100):
+        try:
+            open_store(url).close()
+            break
+        except StoreDown:
+            time.sleep(0.05)
+    try:
+        yield url, process
+    finally:
+        process.send_signal(signal.SIGCONT)
+        process.terminate()
+        process.wait(10)
+
 
 NOW = 1_700_000_000_000
 DAY = 86_400_000
@@ -28,7 +66,8 @@ ALL = ("fresh", "stale", "prototype")
 
 def certificate(kept=ALL, segment="all"):
     verdicts = [(rung, "kept" if rung in kept else "refused") for rung in ALL]
-    return {"lines": [{"rung": rung, "segment": segment, "verdict": verdict} for rung, verdict in verdicts]}
+    lines = [{"rung": rung, "segment": segment, "verdict": verdict} for rung, verdict in verdicts]
+    return {"lines": lines, "about": {"lags": {"fresh": 4, "stale": 8}}}
 
 
 def catalogue(n_items, seed=0, size=4):
@@ -79,7 +118,9 @@ def saved(path, n_items=24):
 def record(held, history, *, at=NOW, ttl=7 * 86_400, length=None, seed=0, versions=None):
     vector = np.random.default_rng(seed).normal(size=held.d_model).astype(np.float16)
     length = len(history) if length is None else length
-    made = Record(versions or held.versions, length, history_hash(history), at, ttl, 0.5, (1, 2), vector)
+    made = Record(
+        versions or held.versions, length, history_hash(history), at, ttl, 0.5, (1, 2), vector, tail_hash(history)
+    )
     return encode(made)
 
 

@@ -30,7 +30,7 @@ class Writer:
         self.after = [[draw(before, size) for before in sizes[:level]] for level, size in enumerate(sizes)]
         self.asked = []
 
-    def step(self, level, rows, prefix):
+    def step(self, level, rows, prefix, parents=None):
         self.asked.append((level, rows.tolist(), prefix.tolist()))
         logits = self.own[level][rows]
         for place, table in enumerate(self.after[level]):

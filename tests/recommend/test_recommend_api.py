@@ -1,6 +1,7 @@
 """From interactions to a certified bundle: each stage is made once, and found again by what made it."""
 
 import dataclasses
+import hashlib
 import json
 import zipfile
 
@@ -12,10 +13,13 @@ from retouch import store
 from retouch.errors import StoreError, UnknownName, UserError
 from retouch.model import wrap
 from retouch.progress import listen
-from retouch.recommend import api, fetch
+from retouch.recommend import _seen, api, fetch
 from retouch.recommend.bundle import open_bundle
 from retouch.recommend.lwgr import LWGR
+from retouch.recommend.nearline import trigger
+from retouch.recommend.personal import certify_on
 from retouch.recommend.reference import ReferenceSettings
+from retouch.recommend.splits import CERTIFICATE
 from retouch.report import to_json
 
 METHOD = LWGR(**toy_shop.POLICY, max_harm=0.9)
@@ -165,6 +169,108 @@ def test_another_policy_is_another_look_at_the_same_users(again, llm):
     assert other.certified.terms.attempt == 2
     assert other.certified.terms.alpha == pytest.approx(0.05 / 6)
     assert equal(other.reference.state_dict(), made.reference.state_dict()), "the reference was found again"
+
+
+def test_other_roles_of_the_same_users_are_another_look_at_them(again, tmp_path, llm):
+    _, made = again
+    prepared = api.prepare(toy_shop.interactions(), tmp_path / "work", tokens=tokens(tmp_path), seed=1)
+    assert (prepared.splits.roles != made.prepared.splits.roles).any()
+    method = dataclasses.replace(METHOD, seed=1, n_epochs=1)
+    first, second = (api.fit(prepared, method, REFERENCE, llm=llm).certified.terms.attempt for _ in range(2))
+    assert first == second > made.certified.terms.attempt
+
+
+def test_fresh_is_certified_with_the_oldest_knowledge_that_counts_as_fresh(shop):
+    _, made = shop
+    p, policy = made.prepared, made.policy
+    samples = p.splits.certificate
+    lags = np.array([trigger(int(cut)) for cut in samples.cuts])
+    late = np.zeros(len(samples))
+    for lag in np.unique(lags):
+        late = np.where(lags == lag, policy.at_lag(int(lag)).log_likelihood(samples), late)
+    told = made.certified.evidence.after["fresh"] * len(p.catalogue.sizes)
+    np.testing.assert_allclose(told, late, atol=1e-4)
+    assert not np.allclose(told, policy.log_likelihood(samples), atol=1e-4)
+    assert made.certified.about["lags"] == {"fresh": 4, "stale": 8}
+
+
+# ------------------------------------------------ who had a part in training
+
+
+@pytest.fixture
+def saved(again, llm):
+    folder, made = again
+    if not (folder / "bundle").exists():
+        made.save(folder / "bundle")
+    return made, open_bundle(folder / "bundle", knowledge=llm)
+
+
+def lines(path, histories):
+    path.write_text("".join(json.dumps({"user": u, "items": list(h)}) + "\n" for u, h in histories.items()))
+    return path
+
+
+def of_users(made, numbers, more=()):
+    return {made.prepared.data.users[u]: (*made.prepared.data.history(u + 1).items, *more) for u in numbers}
+
+
+def test_whoever_trained_does_not_certify(saved, tmp_path):
+    made, bundle = saved
+    apart = made.prepared.splits.roles == CERTIFICATE
+    found = certify_on(bundle, toy_shop.csv_file(tmp_path / "window.csv"), 0.9)
+    assert found.line().n == apart.sum() < 130
+    assert found.about["window"] == {"trained": 0, "left_out": 130 - apart.sum()}
+    assert f"{apart.sum()} users who had no part in training" in found.sentence()
+    with pytest.raises(UserError, match=r"all \d+ users had a part in training.*whole histories"):
+        certify_on(bundle, lines(tmp_path / "w.jsonl", of_users(made, np.flatnonzero(~apart))), 0.9)
+
+
+def test_whoever_trained_and_went_on_counts_by_the_new_item(saved, tmp_path):
+    made, bundle = saved
+    trained = np.flatnonzero(made.prepared.splits.roles != CERTIFICATE)
+    gone_on = of_users(made, trained[:30], ("i7",))
+    shorter = {user: (*items[1:], "i3", "i7") for user, items in of_users(made, trained[30:40]).items()}
+    found = certify_on(bundle, lines(tmp_path / "w.jsonl", gone_on | shorter | {"new": ("i1", "i2", "i7")}), 0.9)
+    assert found.line().n == 31 and found.about["window"] == {"trained": 30, "left_out": 10}
+    assert "31 users of whom 30 had a part in training, with earlier items" in found.sentence()
+
+
+def test_without_the_salt_nothing_is_said_of_training(saved, tmp_path):
+    _, bundle = saved
+    found = certify_on(bundle, toy_shop.csv_file(tmp_path / "window.csv"), 0.9, salt="another")
+    assert found.line().n == 130 and "no part" not in found.sentence()
+    assert "not known whether they had a part in training" in found.sentence()
+
+
+def test_each_bundle_that_is_measured_on_a_window_is_one_look_at_it(saved, tmp_path):
+    _, bundle = saved
+    path = toy_shop.json_lines(tmp_path / "window.jsonl", seed=5, n_users=60)
+    attempts = [
+        certify_on(b, path, limit, salt="x").terms.attempt
+        for b, limit in ((bundle, 0.9), (bundle, 0.5), (dataclasses.replace(bundle, fingerprint="other"), 0.9))
+    ]
+    assert attempts == [1, 1, 2]
+
+
+def test_no_salt_is_in_a_bundle_and_hashes_tell_nothing_without_it(saved):
+    made, bundle = saved
+    salt = _seen.own_salt()
+    assert made.salt == salt and len(salt) == 32
+    for file in bundle.path.iterdir():
+        assert salt.encode() not in file.read_bytes(), file.name
+    hashes = {row.tobytes() for row in (*made.certified.evidence.users, *bundle.seen().users)}
+    for guess in ("", made.prepared.data.fingerprint, bundle.fingerprint):
+        assert not hashes & {_seen._user(guess, user) for user in made.prepared.data.users}
+        assert not hashes & {
+            hashlib.blake2b(f"{guess}:{u}".encode(), digest_size=8).digest() for u in made.prepared.data.users
+        }
+
+
+def test_a_user_kept_back_by_targets_alone_is_noted_as_trained():
+    data = toy_shop.interactions()
+    whole, targets = (api.split(data, "leave-one-out", how, 0) for how in ("users", "targets"))
+    assert len(_seen.Seen.of(data, targets, "s").users) == 130
+    assert len(_seen.Seen.of(data, whole, "s").users) == (whole.roles != CERTIFICATE).sum()
 
 
 def test_an_interrupted_fit_goes_on_and_ends_the_same(again, tmp_path, llm, monkeypatch):

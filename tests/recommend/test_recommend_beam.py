@@ -75,7 +75,7 @@ def test_renormalising_ranks_differently():
     codes = np.array([[0, 0], [1, 0], [1, 1]])
 
     class Wasteful:  # code 0 leads mostly to words that are no item
-        def step(self, level, rows, prefix):
+        def step(self, level, rows, prefix, parents=None):
             first = torch.tensor([0.6, 0.4, 0.0]) if level == 0 else torch.tensor([0.1, 0.8, 0.1])
             if level:
                 return torch.stack([first if p == 0 else torch.tensor([0.7, 0.3, 0.0]) for p in prefix[:, 0]]).log()
@@ -95,7 +95,7 @@ def test_a_request_does_not_depend_on_its_company(drawn, seed, beams):
         def __init__(self, request):
             self.request = request
 
-        def step(self, level, rows, prefix):
+        def step(self, level, rows, prefix, parents=None):
             return writer.step(level, rows + self.request, prefix)
 
     for request in range(REQUESTS):
@@ -145,7 +145,7 @@ def test_equal_scores_go_to_the_smaller_node_at_every_width():
     codes = np.array([[a, b] for a in (3, 1, 2, 0) for b in (1, 0)])
 
     class Fair:
-        def step(self, level, rows, prefix):
+        def step(self, level, rows, prefix, parents=None):
             return torch.full((len(rows), 4), 0.25).log()
 
     for beams in range(1, 9):
@@ -168,7 +168,7 @@ def test_nothing_alive_and_no_requests_give_nothing():
 )
 def test_a_generator_that_gives_something_else_is_named(value, said):
     class Wrong:
-        def step(self, level, rows, prefix):
+        def step(self, level, rows, prefix, parents=None):
             return torch.zeros(len(rows), 1) if value is None else torch.full((len(rows), 2), value)
 
     with pytest.raises(RetouchError, match=said):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import toy_shop
-from retouch import registry
+from retouch import registry, store
 from retouch.errors import UserError
 from retouch.model import wrap
 from retouch.progress import listen
@@ -134,6 +134,18 @@ def test_what_decides_a_row_is_part_of_its_name(result, prepared, llm, tmp_path,
     told = bench.run(prepared, wanted("popularity", **change), llm, tmp_path / "b.json")
     assert (rows(prepared) == before) is same
     assert told["methods"]["popularity"]["harm_limit"] == change.get("limit", 0.5)
+
+
+def test_harms_of_a_bench_are_no_certificates_and_every_policy_counts_as_a_look(prepared, llm, tmp_path, result):
+    assert all(row["certified"] is False for row in result["methods"].values())
+    only = f"popularity,continued:{QUICK},lwgr:{QUICK}:knowledge=shuffled"
+    bench.run(prepared, wanted(only, limit=0.31), llm, tmp_path / "b.json")
+    counts = store.read_json(store.cache_dir() / "recommend" / "looks.json")
+    assert counts == {prepared.data.fingerprint: 2}
+    bench.run(prepared, wanted(only, limit=0.32), llm, tmp_path / "b.json")
+    assert store.read_json(store.cache_dir() / "recommend" / "looks.json") == counts, (
+        "the same policies, the same looks"
+    )
 
 
 def test_hidden_items_are_measured_beside(result):

@@ -1,20 +1,18 @@
 import dataclasses
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scipy.stats import beta, binom
 
 from retouch import bound, store
 from retouch.errors import BoundRefused, StoreError, UserError
 from retouch.recommend.base import Item, Run
-from retouch.recommend.certificate import Certified, Terms, certify, recompute, require, walk
+from retouch.recommend.certificate import Certified, Terms, certify, recompute, require
 from retouch.recommend.data import Interactions
-from retouch.recommend.evidence import Evidence, collect, next_attempt, slice_key
-from retouch.recommend.mixture import harm_at_most, is_exact, largest_weight, log_mixture
+from retouch.recommend.evidence import Evidence, attempt_of, collect, next_attempt, slice_key
 from retouch.recommend.popularity import Popularity
 from retouch.recommend.splits import CERTIFICATE, split
 
@@ -222,6 +220,28 @@ def test_looks_are_counted_by_slice(tmp_path):
         next_attempt(path, "a")
 
 
+def test_looks_at_the_same_data_count_together_and_the_same_look_once():
+    assert [attempt_of("data", look) for look in ("a", "b", "a", "c")] == [1, 2, 1, 3]
+    assert attempt_of("other data", "a") == 1
+    with ThreadPoolExecutor(8) as pool:
+        found = sorted(pool.map(lambda i: attempt_of("at once", str(i)), range(24)))
+    assert found == list(range(1, 25)), "no two looks at once are one"
+
+
+@pytest.mark.parametrize(
+    ("about", "words"),
+    [
+        ({}, "who had no part in training"),
+        ({"holdout": "targets"}, "whose targets were kept from training"),
+        ({"window": {"trained": None, "left_out": None}}, "not known whether"),
+        ({"window": {"trained": 0, "left_out": 3}}, "who had no part in training"),
+        ({"window": {"trained": 7, "left_out": 0}}, "of whom 7 had a part in training"),
+    ],
+)
+def test_the_sentence_says_of_whom_it_speaks(about, words):
+    assert words in certify(evidence(), TERMS, about).sentence()
+
+
 # ------------------------------------------------ from scorers
 
 
@@ -257,61 +277,3 @@ def test_evidence_of_users_who_were_used_is_refused(toy):
     nobody = splits.certificate.take(slice(0, 0))
     with pytest.raises(UserError, match="No user was kept"):
         collect(data, dataclasses.replace(splits, certificate=nobody), scorer, {"fresh": scorer}, 4)
-
-
-# ------------------------------------------------ mixtures
-
-
-@given(st.integers(0, 10**6), st.floats(0.0, 0.999), st.integers(1, 6))
-@settings(max_examples=60, deadline=None)
-def test_a_mixture_costs_no_item_more_than_its_bound(seed, weight, levels):
-    g = np.random.default_rng(seed)
-    reference, policy = (np.log(g.dirichlet(np.full(12, 0.3)) + 1e-300) for _ in range(2))
-    mixed = log_mixture(reference, policy, weight)
-    assert ((reference - mixed) / levels <= harm_at_most(weight, levels) + 1e-9).all()
-    assert np.exp(mixed).sum() == pytest.approx(1.0)
-    np.testing.assert_allclose(np.exp(mixed), (1 - weight) * np.exp(reference) + weight * np.exp(policy), atol=1e-12)
-
-
-def test_the_largest_share_of_a_hard_bound():
-    assert largest_weight(0.05, 4) == pytest.approx(1 - math.exp(-0.2))
-    assert harm_at_most(largest_weight(0.05, 4), 4) == pytest.approx(0.05)
-    assert harm_at_most(1.0, 4) == math.inf and largest_weight(0.0, 4) == 0.0
-    assert log_mixture(np.array([-1.0]), np.array([-9.0]), 0.0) == pytest.approx(-1.0)
-    assert log_mixture(np.array([-1.0]), np.array([-9.0]), 1.0) == pytest.approx(-9.0)
-    with pytest.raises(UserError, match="between 0 and 1"):
-        log_mixture(np.zeros(1), np.zeros(1), 1.5)
-
-
-@given(st.integers(0, 10**6))
-@settings(max_examples=30, deadline=None)
-def test_harm_never_falls_as_the_share_rises(seed):
-    found = evidence(60, 0.2, 0.5, seed)
-    means = []
-    for weight in np.linspace(0, 1, 9):
-        mixed = log_mixture(found.before * 4, found.after["fresh"] * 4, float(weight)) / 4
-        means.append(found.harms(mixed, 0.01)[0].mean())
-    assert (np.diff(means) >= -1e-12).all() and means[0] == 0
-
-
-def test_the_walk_stops_at_the_first_share_that_fails():
-    found = evidence(800, loss=0.25, spread=0.3)
-    best, tried = walk(found, TERMS)
-    assert 0 < best < 1 and [w for w, _ in tried] == [0.1, 0.25, 0.5, 1.0][: len(tried)]
-    assert all(line.verdict == "kept" for w, line in tried if w <= best) and tried[-1][1].verdict != "kept"
-    assert walk(evidence(800), TERMS)[0] == 1.0
-    assert walk(evidence(20), TERMS)[0] == 0.0
-
-
-def test_the_union_of_two_searches_is_exact_when_it_says_so():
-    g, said = np.random.default_rng(2), 0
-    for _ in range(200):
-        reference, policy = (np.log(g.dirichlet(np.full(30, 0.15)) + 1e-300) for _ in range(2))
-        mixed = log_mixture(reference, policy, 0.3)
-        kept = set(np.argsort(-reference)[:8]) | set(np.argsort(-policy)[:8])
-        best = sorted(kept, key=lambda item: -mixed[item])[:3]
-        edges = [np.sort(scores)[::-1][7:8] for scores in (reference, policy)]
-        if is_exact(mixed[best[2:3]], edges[0], edges[1], 0.3)[0]:
-            said += 1
-            assert best == list(np.argsort(-mixed)[:3])
-    assert said > 50

@@ -11,7 +11,7 @@ from recommend_served import NOW, bundle, ids, record
 
 from retouch.errors import UserError
 from retouch.recommend.answers import Request
-from retouch.recommend.explain import Part, parts, sanity, why, with_parts
+from retouch.recommend.explain import Part, parts, sanity, why
 from retouch.recommend.groups import Group, name_groups
 from retouch.recommend.ladder import Ladder, Serving
 
@@ -77,7 +77,8 @@ def test_places_count_what_may_be_shown(held):
 
 def test_the_sentence_says_what_would_have_been(held):
     residual = torch.randn(32, generator=torch.Generator().manual_seed(1))
-    (reason,) = with_parts(why(held, WINDOW, [11], residual), [(Part(1, 3, 0.5), Part(0, 2, -0.1))])
+    (reason,) = why(held, WINDOW, [11], residual)
+    reason = dataclasses.replace(reason, parts=(Part(1, 3, 0.5), Part(0, 2, -0.1)))
     text = reason.sentence({(1, 3): Group(1, 3, 30, ("Fargo",), ("crime", "noir", "1940s", "rain"))})
     assert text.startswith("loam 11: place ") and "group 2-4 (crime, noir, 1940s)" in text
     assert f"at {reason.without_knowledge.place}" in text and reason.history[0].title in text

@@ -86,3 +86,71 @@ def test_attention_against_the_slow_one(knowledge):
         keys, values = (part(known[user]).reshape(3, 4, 4) for part in (look.key, look.value))
         heads = [torch.softmax(keys[:, h] @ query[h] / 2.0, 0) @ values[:, h] for h in range(4)]
         torch.testing.assert_close(look(q0[None], known[user : user + 1], None)[0], look.out(torch.cat(heads)))
+
+
+# ------------------------------------------------ what is the same for everybody
+
+
+@pytest.fixture
+def alike():
+    """Knowledge that is nearly the same for everybody, as a language model's states are: 1 % of it tells users apart."""
+    g = torch.Generator().manual_seed(3)
+    common = 3 * torch.randn(1, 3, 24, generator=g)
+    return torch.randn(16, generator=g), common + 0.3 * torch.randn(200, 3, 24, generator=g)
+
+
+def common_share(rows):
+    rows = rows.detach()
+    return float(rows.mean(0).square().sum() / rows.square().sum(1).mean())
+
+
+@pytest.mark.parametrize("gate", [True, False])
+def test_what_is_the_same_for_everybody_is_not_added(alike, gate):
+    q0, states = alike
+    fusion = made(gate=gate)
+    torch.nn.init.normal_(fusion.out.weight)
+    assert common_share(fusion(q0, states)) > 0.8, "as it comes, knowledge is one constant"
+    fusion.begin(q0, states)
+    assert common_share(fusion(q0, states)) < 0.02
+    assert fusion(q0, states).square().mean() > 0
+    masked = made()
+    torch.nn.init.normal_(masked.out.weight)
+    mask = torch.ones(200, 3, dtype=torch.bool)
+    mask[:100, 0] = False
+    masked.begin(q0, states, mask)
+    torch.testing.assert_close(masked.mean, states[mask].mean(0))
+    assert common_share(masked(q0, states, mask)) < 0.02
+
+
+def test_each_dimension_of_knowledge_counts_by_how_it_tells_users_apart(alike):
+    q0, states = alike
+    fusion = made()
+    fusion.begin(q0, states)
+    torch.testing.assert_close(fusion.std, states.std(0, correction=0).mean(0))
+    still = made()
+    still.begin(q0, states[:1].expand(5, -1, -1))
+    assert torch.equal(still.std, torch.ones(24)), "what never moves is not divided by zero"
+
+
+def test_the_mean_follows_the_users_and_not_the_batch(alike):
+    q0, states = alike
+    fusion = made()
+    torch.nn.init.normal_(fusion.out.weight)
+    fusion.begin(q0, states)
+    alone, together = fusion(q0, states[:1]), fusion(q0, states)[:1]
+    torch.testing.assert_close(alone, together)
+    moved = fusion.whole(q0, states)[2] + 2.0
+    for _ in range(60):
+        fusion.follow(moved)
+    torch.testing.assert_close(fusion.middle, moved.mean(0), rtol=1e-2, atol=1e-2)
+    fusion.follow(moved[:0])
+    assert torch.isfinite(fusion.middle).all()
+
+
+def test_the_published_form_measures_nothing(alike):
+    q0, states = alike
+    fusion = made(residual=False)
+    before = fusion(q0, states)
+    fusion.begin(q0, states)
+    fusion.follow(torch.ones(5, 16))
+    assert torch.equal(fusion(q0, states), before)

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from retouch.errors import UserError
-from retouch.recommend._layers import Dropout, Grouping, PositionBias, _ReluDropout
+from retouch.errors import RetouchError, UserError
+from retouch.recommend._layers import Dropout, Grouping, PositionBias, RMSNorm, _ReluDropout
 from retouch.recommend.beam import search
 from retouch.recommend.generator import SIZES, Generator
 from retouch.recommend.trie import Trie
@@ -187,30 +187,44 @@ def test_steps_equal_teacher_forcing_whatever_the_beams(network, residual):
     pairs = [(r, tuple(CODES[i])) for r in range(5) for i in draw.choice(40, 1 + 3 * r, replace=False)]
     expected = network.code_log_probs(memory, torch.arange(1, 41).repeat(5, 1), residual)
     place = {tuple(row): i for i, row in enumerate(CODES)}
+    before = {}
     for level in range(4):
         beams = sorted({(r, codes[:level]) for r, codes in pairs}, key=lambda _: draw.random())
         rows = torch.tensor([r for r, _ in beams])
-        found = steps.step(level, rows, torch.tensor([c for _, c in beams]).reshape(len(beams), level))
+        parents = torch.tensor([before.get((r, codes[:-1]), 0) for r, codes in beams])
+        found = steps.step(level, rows, torch.tensor([c for _, c in beams]).reshape(len(beams), level), parents)
         torch.testing.assert_close(found.exp().sum(1), torch.ones(len(beams)), atol=1e-5, rtol=0)
-        where = {beam: i for i, beam in enumerate(beams)}
+        before = {beam: i for i, beam in enumerate(beams)}
         for r, codes in pairs:
-            score = found[where[r, codes[:level]], codes[level]]
+            score = found[before[r, codes[:level]], codes[level]]
             torch.testing.assert_close(score, expected[r, place[codes], level], atol=1e-5, rtol=0)
 
 
-@torch.no_grad()
-def test_a_step_needs_no_steps_before_it(network, residual):
-    memory = network.encode(histories(7, 3, 1, 5, 2))
-    rows = torch.tensor([4, 0, 0, 2])
-    expected = network.code_log_probs(memory, torch.arange(1, 41).repeat(5, 1), residual)
-    fresh, used = network.stepper(memory, residual), network.stepper(memory, residual)
-    for level in (3, 1, 2, 3, 0):
-        codes = torch.from_numpy(CODES[[3, 8, 9, 3], :level])
-        for steps in (network.stepper(memory, residual), fresh, used):
-            found = steps.step(level, rows, codes)
-            for i, item in enumerate((3, 8, 9, 3)):
-                score = found[i, CODES[item, level]]
-                torch.testing.assert_close(score, expected[rows[i], item, level], atol=1e-5, rtol=0)
+def test_a_step_out_of_order_is_refused(network):
+    steps, row = network.stepper(network.encode(histories(3))), torch.tensor([0])
+    with pytest.raises(RetouchError, match="Begin with step 0"):
+        steps.step(1, row, torch.tensor([[1]]), row)
+    steps.step(0, row, torch.zeros(1, 0, dtype=torch.int64), row)
+    with pytest.raises(RetouchError, match="Step 2 was asked for"):
+        steps.step(2, row, torch.tensor([[1, 1]]), row)
+
+
+def test_reading_in_parts_is_reading_at_once(network, monkeypatch):
+    windows = histories(7, 3, 0, 5, 7)
+    with torch.no_grad():
+        whole = network.encode(windows)
+        monkeypatch.setattr("retouch.recommend.generator._CACHED", 14)
+        parts = network.encode(windows)
+    assert torch.equal(parts.mask, whole.mask)
+    torch.testing.assert_close(parts.states, whole.states, atol=1e-5, rtol=0)
+
+
+def test_the_quick_norm_is_torchs_own():
+    norm, states = RMSNorm(48), torch.randn(3, 5, 48) * 3
+    torch.nn.init.normal_(norm.weight)
+    with torch.no_grad():
+        quick = norm(states)
+    torch.testing.assert_close(quick, norm(states).detach(), atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -315,15 +329,15 @@ def test_near_distances_have_a_bucket_each_and_far_ones_share(two_sided):
     torch.testing.assert_close(bias(1, 9)[0, :, 0], bias(9, 9)[0, :, 8])
 
 
-@pytest.mark.parametrize("rows", [[0, 0, 1, 1, 2, 2], [0, 2, 2, 2], [2, 0, 2, 1, 0]])
+@pytest.mark.parametrize("rows", [[0, 0, 1, 1, 2, 2], [0, 2, 2, 2], [2, 0, 2, 1, 0], [0, 1, 1]])
 def test_rows_lie_with_their_request_and_come_back(rows):
     grouping = Grouping(torch.tensor(rows), 3)
-    states = torch.arange(len(rows) * 2 * 4.0).reshape(len(rows), 2, 4) + 1
+    states = torch.arange(len(rows) * 4.0).reshape(len(rows), 4) + 1
     laid = grouping.together(states)
     for request in range(3):
-        mine = {tuple(v) for i, r in enumerate(rows) if r == request for v in states[i].tolist()}
+        mine = {tuple(states[i].tolist()) for i, r in enumerate(rows) if r == request}
         assert {tuple(v) for v in laid[request].tolist()} - {(0.0,) * 4} == mine
-    assert torch.equal(grouping.apart(laid, 2), states)
+    assert torch.equal(grouping.apart(laid), states)
 
 
 # ---------------------------------------------------------------- sizes and mistakes

@@ -165,7 +165,7 @@ def test_segments_have_rungs_of_their_own():
     lines = [*certificate()["lines"], {"rung": "fresh", "segment": "sparse", "verdict": "undecided"}]
     lines.append({"rung": "stale", "segment": "sparse", "verdict": "reported"})
     assert routes({"lines": lines}, "sparse") == {"stale", "prototype"} and routes({}, "active") == frozenset()
-    held = dataclasses.replace(bundle(), certificate={"lines": lines})
+    held = dataclasses.replace(bundle(), certificate={**certificate(), "lines": lines})
     few, many = ids(1, 2, 3, 4, 5), ids(1, 2, 3, 4, 5, 6)
     requests, raws = [Request("a", few), Request("b", many)], [record(held, few), record(held, many)]
     answers = Ladder(held, None).answer(requests, records=raws, now_ms=NOW).answers
@@ -177,9 +177,41 @@ def test_lag_is_found_in_the_end_of_a_long_history(held):
     known = decode(record(held, whole[:57], length=57))
     assert lag_of(known, whole, 60, 8) == 3
     assert lag_of(known, whole[-30:], 30, 8) == 3, "an end of a history"
-    assert lag_of(known, whole[-22:], 22, 8) is None, "too little to compare"
+    assert [lag_of(known, whole[-n:], n, 8) for n in (22, 20, 11, 10)] == [3, 3, 3, None]
+    assert lag_of(known, [*whole[-20:-4], "x", *whole[-3:]], 20, 8) is None, "another end"
+    assert lag_of(dataclasses.replace(known, tail_hash=0), whole[-22:], 22, 8) is None, "a record of an older Retouch"
     assert lag_of(known, whole[-30:], 60, 8) == 3, "the store knows the length"
     assert lag_of(known, ["other", *whole[1:57]], 57, 8) == 0, "only the latest 20 are compared"
+
+
+def test_a_client_that_sends_its_last_20_items_keeps_its_knowledge(held):
+    whole = ids(*range(1, 31))
+    raw = record(held, whole)
+    for new in range(5):
+        sent = (*whole, *ids(31, 32, 33, 34, 35)[:new])[-20:]
+        got = Ladder(held, None).answer([Request("u", sent)], records=[raw], now_ms=NOW).answers[0]
+        assert (got.rung, got.lag) == ("fresh", new)
+
+
+@pytest.mark.parametrize(
+    ("lags", "lag", "rung"),
+    [
+        ({"fresh": 4, "stale": 8}, 4, "fresh"),
+        ({"fresh": 4, "stale": 8}, 8, "stale"),
+        ({"fresh": 4, "stale": 8}, 9, "prototype"),
+        ({"fresh": 2, "stale": 8}, 4, "stale"),
+        ({"fresh": 4, "stale": 5}, 6, "prototype"),
+        ({"fresh": 4}, 5, "prototype"),
+        ({}, 0, "fresh"),
+        ({}, 1, "prototype"),
+    ],
+)
+def test_no_knowledge_is_older_than_where_it_was_certified(held, lags, lag, rung):
+    whole = ids(*range(1, 31))
+    bound = dataclasses.replace(held, certificate={**certificate(), "about": {"lags": lags}})
+    ladder = Ladder(bound, None, Serving(stale_lag=50))
+    found = ladder.answer([Request("u", whole)], records=[record(bound, whole[: 30 - lag])], now_ms=NOW)
+    assert found.answers[0].rung == rung
 
 
 # Histories.

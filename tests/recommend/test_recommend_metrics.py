@@ -25,7 +25,6 @@ from retouch.recommend.metrics import (
     per_user,
     per_user_ranks,
     recall,
-    recall_of_sets,
     values,
 )
 from retouch.recommend.splits import segments, split
@@ -66,7 +65,6 @@ def test_several_targets_are_averaged_within_their_user_first():
 def test_several_targets_in_one_ranking():
     sets = per_user_ranks(np.array([2, 1, 2]), np.array([2, 4, 30]))
     assert [s.tolist() for s in sets] == [[4], [2, 30]]
-    assert recall_of_sets(sets, 10).tolist() == [1, 0.5]
     best = 1 + 1 / math.log2(3)
     assert ndcg_of_sets(sets, 10).tolist() == pytest.approx([1 / math.log2(5), 1 / math.log2(3) / best])
     assert ndcg_of_sets([np.arange(1, 21)], 10).tolist() == pytest.approx([1])  # more targets than places

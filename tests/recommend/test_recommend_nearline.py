@@ -22,7 +22,6 @@ from retouch.recommend.nearline import (
     read_histories,
     records,
     refresh,
-    roll_out,
     trigger,
     watch,
 )
@@ -345,16 +344,12 @@ def test_a_new_bundle_is_rolled_out_when_enough_users_are_covered_and_can_be_tak
     some = dict(list(users.items())[:60])
     refresh(green, knowledge, some, SMALL, at_ms=AT)
     assert coverage(green, knowledge, list(users)) == pytest.approx(60 / 90)
-    with pytest.raises(UserError, match=r"66\.7% of 90 active users.*needs 95%"):
-        roll_out(green, knowledge, list(users))
     assert knowledge.active() == bundle.fingerprint and knowledge.get_many(list(users)) == served
     refresh(green, knowledge, users, SMALL, at_ms=AT)
     assert knowledge.active() == bundle.fingerprint, "only when asked to"
-    assert roll_out(green, knowledge, list(users)) == 1
+    assert refresh(green, knowledge, users, SMALL, at_ms=AT, activate=True).coverage == 1
     assert knowledge.active() == green.fingerprint and knowledge.get_many(list(users)) != served
     assert knowledge.rollback() == bundle.fingerprint and knowledge.get_many(list(users)) == served
-    with pytest.raises(UserError, match="0 active users"):
-        roll_out(green, knowledge, [])
 
 
 def test_a_run_does_not_roll_out_what_covers_too_few(bundle, users, knowledge):
@@ -382,6 +377,21 @@ def test_a_watch_follows_the_stores_changes(bundle, users, knowledge):
     other.start()
     assert list(watching) == [] and stop.is_set()
     other.join()
+
+
+def test_a_history_of_the_store_that_is_shorter_than_its_record_gets_another(bundle, knowledge):
+    long, short = Past(tuple(f"i{n}" for n in range(1, 9)), 8), Past(("i1", "i2"), 2)
+    knowledge.put_histories({"u": short})
+    refresh(bundle, knowledge, {"u": long}, SMALL, at_ms=AT)
+    assert refresh(bundle, knowledge, {"u": short}, SMALL, at_ms=AT + 2 * WEEK).unchanged == 1, "a file may be old"
+    seen, stop = [], threading.Event()
+    watching = watch(bundle, knowledge, dataclasses.replace(SMALL, poll_s=0.01), stop=stop,
+                     counted=lambda done, seconds: seen.append((done, seconds)))  # fmt: skip
+    done = next(watching)
+    stop.set()
+    assert list(watching) == [] and (done.written + done.memo, seen[0][0]) == (1, done) and seen[0][1] > 0
+    (raw,) = knowledge.get_many(["u"], bundle.fingerprint)
+    assert decode(raw).history_hash == history_hash(short.items) and decode(raw).history_length == 2
 
 
 def test_a_watch_looks_at_all_again_and_leaves_a_rollback_alone(bundle, green, users, knowledge):

@@ -10,7 +10,7 @@ import toy_shop
 from retouch.errors import ModelError, StoreDown, StoreError, UserError
 from retouch.model import open_model
 from retouch.recommend.bundle import open_bundle
-from retouch.recommend.personal import answer_for, certify_on, codes_of, items_of, language_model
+from retouch.recommend.personal import answer_for, certify_on, check_reasons, codes_of, items_of, language_model
 from retouch.recommend.stores import Past, open_store
 
 
@@ -61,6 +61,26 @@ def test_a_year_behind_a_title_may_be_left_out_unless_two_are_meant(bundle):
         items_of(two, "Fargo")
 
 
+def test_a_title_may_hold_semicolons_and_the_longest_name_counts(bundle):
+    first, second, third, *rest = bundle.items
+    named = (
+        replace(first, title="Love; Actually; Not"),
+        replace(second, title="Love"),
+        replace(third, title="love; actually"),
+    )
+    held = replace(bundle, items=(*named, *rest))
+    assert items_of(held, "i9;Love; Actually; i4") == ("i9", third.id, "i4")
+    assert items_of(held, "love; ACTUALLY; not;Love;i4;") == (first.id, second.id, "i4")
+
+
+def test_of_equal_titles_none_is_chosen_silently(bundle):
+    first, second, *rest = bundle.items
+    held = replace(bundle, items=(replace(first, title="Sabrina"), replace(second, title="sabrina"), *rest))
+    with pytest.raises(UserError, match=rf"'Sabrina' is the title of 2 items.*'{first.id}', '{second.id}'"):
+        items_of(held, "Sabrina; i5")
+    assert items_of(held, f"{second.id}; i5") == (second.id, "i5")
+
+
 def test_an_item_is_found_with_its_codes(bundle):
     for number in (1, 10, 24):
         item = bundle.items[number - 1]
@@ -81,7 +101,14 @@ def test_a_typed_history_needs_no_user_and_no_store(bundle):
 def test_asking_now_gives_fresh_knowledge(asking, bundle):
     told = answer_for(asking, "i1; i2; i3", ask=True, explain=True, k=3)
     assert (told.rung, told.lag) == ("fresh", 0)
-    assert all(reason["sentence"] for reason in told.reasons)
+    assert told.reasons and asking.groups and all(group.n_users >= 20 for group in asking.groups.values())
+    for reason in told.reasons:
+        drops = [part["drop"] for part in reason["parts"]]
+        assert len(drops) == 2 and drops == sorted(drops, reverse=True)
+        first = reason["parts"][0]
+        named = asking.groups.get((first["book"], first["word"]))
+        assert first["group"] == (str(named) if named else f"group {first['book'] + 1}-{first['word'] + 1}")
+        assert (first["group"] in reason["sentence"]) == (first["drop"] > 0)
     assert [p.score for p in told.items] != [p.score for p in answer_for(bundle, "i1; i2; i3", k=3).items]
 
 
@@ -162,6 +189,13 @@ def test_fresh_histories_are_certified_by_their_last_items(asking, tmp_path):
     assert found.about["bundle"] == asking.fingerprint
     assert certify_on(asking, path, 0.01).line().upper == line.upper
     assert not certify_on(asking, path, 0.01).holds
+
+
+def test_reasons_are_checked_on_histories_without_a_language_model(bundle, tmp_path):
+    path = toy_shop.json_lines(tmp_path / "window.jsonl", seed=3, n_users=20)
+    found = check_reasons(bundle, path)
+    assert found.n == 20 and found.mean > 0 and found.lower <= found.mean <= found.upper
+    assert check_reasons(bundle, path) == found
 
 
 def test_columns_of_fresh_histories_may_have_other_names(asking, tmp_path):

@@ -11,23 +11,28 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import httpx
 import numpy as np
 import pytest
 from recommend_served import bundle as bundle_of
-from recommend_served import ids, record, saved
+from recommend_served import ids, record, redis_server, saved
 
 from retouch.errors import StoreDown, UserError
 from retouch.recommend import serve
 from retouch.recommend._batching import Batcher, Late
 from retouch.recommend._limits import depth
+from retouch.recommend._looked import Looker
+from retouch.recommend._metrics import NearlineMetrics
+from retouch.recommend._nearline import Done
 from retouch.recommend.answers import Request
 from retouch.recommend.bundle import open_bundle
 from retouch.recommend.ladder import Serving, answer
 from retouch.recommend.serve import Limits, app
 from retouch.recommend.sqlite import SQLite
+from retouch.recommend.stores import open_store
 
 HISTORY = ids(3, 5, 7, 9, 11, 13, 15)
 PATIENT = Limits(deadline_ms=60_000)
@@ -124,6 +129,107 @@ def test_a_store_that_is_down_costs_no_answer(held, tmp_path):
     assert got.status_code == 200 and got.json()["rung"] == "prototype"
     assert events.status_code == 503 and "no store" in events.json()["error"] and events.headers["retry-after"] == "1"
     assert ready.status_code == 200 and ready.json()["store"] == "down"
+
+
+def test_a_store_that_hangs_costs_knowledge_and_no_answer(held, tmp_path):
+    """A server that is stopped takes connections and says nothing: nobody may wait for it but the first."""
+    with redis_server(tmp_path) as (url, process):
+        writer = open_store(url)
+        writer.put_many({"u": record(held, HISTORY, at=int(time.time() * 1000))}, held.fingerprint)
+        writer.close()
+        limits = Limits(deadline_ms=800)
+        application = app(held, settings=Serving(), limits=limits, connect=lambda: open_store(url, look_s=0.02))
+        service = application.state.service
+        body = {"user": "u", "history": list(HISTORY), "k": 3}
+
+        async def conversation(client):
+            told = [await client.post("/recommend", json=body)]
+            process.send_signal(signal.SIGSTOP)
+            told += [await client.post("/recommend", json=body) for _ in range(30)]
+            process.send_signal(signal.SIGCONT)
+            for _ in range(200):
+                await asyncio.sleep(0.05)
+                if not service.current.looker.resting:
+                    break
+            return [*told, await client.post("/recommend", json=body)]
+
+        told = talk(application, conversation)
+    assert {answer.status_code for answer in told} == {200}
+    rungs = [answer.json()["rung"] for answer in told]
+    assert rungs[0] == rungs[-1] == "fresh" and set(rungs[1:-1]) == {"prototype"}
+    failures = numbers(service.metrics.text().decode())
+    assert failures['retouch_store_errors_total{kind="records"}'] == 1, "asked once, then left to the poll"
+
+
+class Flaky:
+    """A store that fails when told to, and counts who asks."""
+
+    def __init__(self):
+        self.down, self.asked = True, 0
+
+    def get_many(self, users, namespace=None):
+        self.asked += 1
+        if self.down:
+            raise StoreDown("away")
+        return [None] * len(users)
+
+    def histories(self, users):
+        return self.get_many(users)
+
+
+def test_a_store_that_failed_is_asked_again_by_the_poll_alone_and_ever_more_rarely():
+    store = Flaky()
+    looker = Looker(store, "a1", rest_s=0.0, probed=True)
+    for _ in range(5):
+        looker.look(["u"], [False])
+    assert store.asked == 1 and looker.resting
+    looker.probe()
+    assert store.asked == 2 and looker.resting
+    store.down = False
+    looker.probe()
+    assert not looker.resting and looker.look(["u"], [False]).errors == {}
+    patient, store.down, store.asked = Looker(store, "a1", rest_s=100.0, probed=True), True, 0
+    patient.look(["u"], [False])
+    patient.probe()
+    assert store.asked == 1, "it rests"
+    alone = Looker(store, "a1", rest_s=1.0)
+    lengths = [alone._failed() or alone._rest_s for _ in range(7)]
+    assert lengths == [2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0]
+
+
+def test_events_that_are_sent_again_are_added_once(held, store):
+    body = {"events": [{"user": "u", "item": "i1"}, {"user": "u", "item": "i2"}], "key": "order 7"}
+    first, again, other = ask(app(held, store, limits=PATIENT), body, body, {**body, "key": ""}, to="/events")
+    assert {first.status_code, again.status_code, other.status_code} == {200} and first.json() == again.json()
+    assert store.histories(["u"])[0].items == ("i1", "i2", "i1", "i2")
+    (long,) = ask(app(held, store, limits=PATIENT), {**body, "key": "k" * 300}, to="/events")
+    assert long.status_code == 422 and "key" in long.json()["error"]
+
+
+def test_reasons_hold_up_nobody(held, monkeypatch):
+    """While reasons are computed, the thread that answers is free."""
+    begun, go_on = threading.Event(), threading.Event()
+    application = app(held, limits=PATIENT)
+    service, work = application.state.service, application.state.service.current.answer
+
+    def slowly(requests, **how):
+        if requests[0].explain:
+            begun.set()
+            assert go_on.wait(60)
+        return work(requests, **how)
+
+    monkeypatch.setattr(service.current, "answer", slowly)
+
+    async def conversation(client):
+        body = {"history": list(HISTORY), "k": 2}
+        asked = asyncio.create_task(client.post("/recommend", json={**body, "explain": True}))
+        await asyncio.to_thread(begun.wait, 60)
+        quick = await client.post("/recommend", json=body)
+        go_on.set()
+        return quick, await asked
+
+    quick, slow = talk(application, conversation)
+    assert quick.status_code == slow.status_code == 200 and slow.json()["reasons"] and not quick.json()["reasons"]
 
 
 def test_events_go_to_the_nearline_queue_and_into_the_next_answer(held, store):
@@ -359,6 +465,38 @@ def test_metrics_parse_and_count(held, store):
     assert found["retouch_knowledge_lag_items_count"] == 1
     for stage in ("lookup", "encode", "beam", "total"):
         assert found[f'retouch_request_seconds_count{{stage="{stage}"}}'] == 3
+
+
+def test_a_nearline_writer_tells_its_numbers():
+    counting = NearlineMetrics()
+    counting.done(Done(written=3, memo=2, unchanged=5, failed=(("u", "why"),)), 0.4)
+    counting.done(Done(written=1), 0.2)
+    found = numbers(httpx.get(f"http://127.0.0.1:{counting.listen(0)}/metrics").text)
+    users = {
+        result: found[f'retouch_nearline_users_total{{result="{result}"}}'] for result in ("written", "memo", "failed")
+    }
+    assert users == {"written": 4, "memo": 2, "failed": 1} and found["retouch_nearline_seconds_count"] == 2
+
+
+_TWO_LIVES = """
+import os, sys
+from retouch.recommend._metrics import Metrics
+metrics = Metrics()
+metrics.serving(sys.argv[1])
+if sys.argv[2] == "tell":
+    sys.stdout.write(metrics.text().decode())
+"""
+
+
+def test_a_worker_that_died_serves_no_namespace(tmp_path):
+    env = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    lives = [
+        subprocess.run([sys.executable, "-c", _TWO_LIVES, *args], env=env, check=True, capture_output=True, text=True)
+        for args in (("blue", "die"), ("green", "tell"))
+    ]
+    found = numbers(lives[1].stdout)
+    assert found['retouch_namespace_info{namespace="green"}'] == 1
+    assert 'retouch_namespace_info{namespace="blue"}' not in found
 
 
 def test_ready_fails_when_the_network_no_longer_says_what_it_said():

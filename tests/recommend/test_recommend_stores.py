@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from recommend_served import redis_server
 
 from retouch.errors import StoreDown, UserError
 from retouch.recommend.record import Record, Versions, decode, encode, history_hash, order, size
@@ -82,27 +81,8 @@ def test_a_history_hash_sees_the_last_items_and_their_order():
 
 @pytest.fixture(scope="module")
 def redis_url(tmp_path_factory) -> str:
-    server = shutil.which("redis-server") or shutil.which("valkey-server")
-    if server is None:
-        pytest.skip("no redis-server or valkey-server is installed")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    folder = tmp_path_factory.mktemp("redis")
-    process = subprocess.Popen(
-        [server, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(folder)],
-        stdout=subprocess.DEVNULL,
-    )
-    url = f"redis://127.0.0.1:{port}/0"
-    for _ in range(100):
-        try:
-            open_store(url).close()
-            break
-        except StoreDown:
-            time.sleep(0.05)
-    yield url
-    process.terminate()
-    process.wait(10)
+    with redis_server(tmp_path_factory.mktemp("redis")) as (url, _):
+        yield url
 
 
 @pytest.fixture(params=["sqlite", "redis"])
@@ -172,6 +152,55 @@ def test_long_histories_keep_their_length_and_their_latest_items(store):
     store.put_histories({"u": Past(tuple(map(str, range(1500))), 1500)})
     past = store.histories(["u"])[0]
     assert past.length == 1500 and past.items[-1] == "1499" and len(past.items) == 1000
+
+
+def test_a_very_long_history_is_cut_before_it_is_sent(store):
+    store.put_histories({"u": Past(tuple(map(str, range(60_000))), 60_000)})
+    assert store.histories(["u"]) == [Past(tuple(map(str, range(59_000, 60_000))), 60_000)]
+
+
+def test_a_history_can_be_replaced_by_a_shorter_one_which_then_gets_its_record(store):
+    past, other = Past(("a", "b", "c"), 3), Past(("x",), 1)
+    store.put_histories({"u": past, "v": other})
+    for name in ("blue", "green"):
+        store.put_many({"u": encode(record(length=3)), "v": encode(record(length=1))}, name)
+    last = store.changed(0)[-1][0]
+    store.put_histories({"u": Past(("a",), 1), "v": other}, replace=True)
+    assert store.histories(["u", "v"]) == [Past(("a",), 1), other]
+    assert [user for _, user in store.changed(last)] == ["u"], "what is as it was has not changed"
+    assert store.get_many(["u"], "blue") == store.get_many(["u"], "green") == [None]
+    assert store.get_many(["v"], "blue") == [encode(record(length=1))]
+    assert store.put_many({"u": encode(record(length=1))}, "blue") == 1
+
+
+def test_a_user_is_forgotten_everywhere(store):
+    store.put_histories({"u": Past(("a",), 1), "v": Past(("b",), 1)})
+    for name in ("blue", "green"):
+        store.put_many({"u": encode(record()), "v": encode(record())}, name)
+    assert store.forget(["u"], histories=False) == 2 and store.histories(["u"]) == [Past(("a",), 1)]
+    store.put_many({"u": encode(record())}, "blue")
+    assert store.forget(["u", "nobody"]) == 1 and store.forget([]) == 0
+    assert store.histories(["u", "v"]) == [None, Past(("b",), 1)]
+    assert store.get_many(["u", "v"], "blue") == [None, encode(record())]
+    assert [user for _, user in store.changed(0)] == ["v"]
+    assert [n.n_records for n in store.namespaces()] == [1, 1]
+
+
+def test_events_of_one_key_are_added_once(store):
+    events = [("u", "a"), ("u", "a"), ("v", "b")]
+    assert store.append(events, "k1") == 3 and store.append(events, "k1") == 0
+    assert store.append(events[:1], "k2") == 1 and store.append(events[:1]) == 1
+    assert store.histories(["u", "v"]) == [Past(("a",) * 4, 4), Past(("b",), 1)]
+
+
+def test_what_a_cut_connection_left_out_is_added_by_the_same_key(redis_url):
+    opened = open_store(redis_url)
+    opened._r.flushdb()
+    events = [("u", str(i)) for i in range(5)]
+    opened.append(events[:2], "k")  # what was done before the answer got lost
+    assert opened.append(events, "k") == 3
+    assert opened.histories(["u"]) == [Past(tuple("01234"), 5)]
+    opened.close()
 
 
 def test_many_users_at_once(store):

@@ -110,18 +110,32 @@ def _recalls(base: str, edges: list[EdgeSpec], outcome: Outcome) -> list[list[An
 
 
 def keys(
-    host: Annotated[str, typer.Option(help="Names and addresses of the cloud, with commas: cloud.example,10.0.0.5.")],
-    edge: Annotated[list[str], typer.Option(help="Name of an edge; once for each.")],
+    host: Annotated[
+        str, typer.Option(help="Names and addresses of the cloud, with commas; localhost is always among them.")
+    ] = "",
+    edge: Annotated[list[str] | None, typer.Option(help="Name of an edge; once for each.")] = None,
+    revoke: Annotated[
+        list[str] | None, typer.Option(help="Name of an edge that may join no more; on the cloud's machine.")
+    ] = None,
+    folder: Annotated[Path, typer.Option(help="To revoke: the folder of `fuse serve`.")] = Path("cloud"),
     days: Annotated[int, typer.Option(help="How long certificates are valid.")] = 90,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder; what is there already stays.")] = Path("keys"),
     json_: _JSON = False,
 ) -> None:
-    """Make keys and certificates: for the cloud, and for each edge that may join.
+    """Make keys and certificates for the cloud and for each edge that may join, or revoke an edge's key.
 
     Example: retouch fuse keys --host cloud.example --edge law --edge news -o keys
     """
+    from ..errors import UserError
     from ..fuse.keys import make_keys
 
+    if revoke:
+        if host or edge:
+            raise UserError("Make keys (--host, --edge) or revoke some (--revoke): one at a time.")
+        _revoke(revoke, folder, out, json_)
+        return
+    if not edge:
+        raise UserError("Name at least one edge: --edge NAME.")
     made = make_keys(out, host.split(","), edge, days=days)
     if json_:
         _show.emit({"cloud": str(made.cloud), "edges": {name: str(place) for name, place in made.edges.items()}})
@@ -132,14 +146,35 @@ def keys(
         _show.say(f"To {name}: {place}")
 
 
+def _revoke(names: list[str], folder: Path, keys: Path, json_: bool) -> None:
+    from ..fuse.deployment import Connection
+    from ..fuse.deployment import revoke as take_away
+    from ..fuse.edge import check_name
+    from ..fuse.keys import retire
+
+    told = {}
+    for name in map(check_name, names):
+        public = keys / "edges" / name / "node.pub"
+        told[name] = take_away(Connection("", folder / "flower"), name, public if public.is_file() else None)
+        retire(keys, name)
+    if json_:
+        _show.emit({name: {"revoked": True, "superlink_told": now} for name, now in told.items()})
+        return
+    for name, now in told.items():
+        when = "now" if now else "when the SuperLink is started again (none runs)"
+        _show.say(f"{name} is revoked: it is turned away {when}, and no later serve lets this key in.")
+
+
 def serve(
     folder: Annotated[Path, typer.Option(help="For logs, the list of runs and Flower's own files.")] = Path("cloud"),
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on for edges; runs and keys are taken from this machine alone.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
     key_folder: Annotated[Path | None, typer.Option("--keys", help="Folder cloud that `fuse keys` made.")] = None,
     allow: Annotated[list[Path] | None, typer.Option(help="node.pub of an edge that may join; once for each.")] = None,
 ) -> None:
-    """Let edges join, until Ctrl-C. Without keys only on this machine.
+    """Let edges join, until Ctrl-C. Without keys only on this machine. Whoever has an account on it controls the cloud.
 
     Example: retouch fuse serve --host 0.0.0.0 --keys keys/cloud --allow keys/edges/law/node.pub
     """
@@ -150,7 +185,8 @@ def serve(
     with _ended_by_signals(), Programs() as programs:
         program, connection = start(programs, folder, host=host, port=port, keys=key_folder)
         for public in allow or ():
-            register(connection, public)
+            if not register(connection, public):
+                _show.say(f"{public} was revoked and is not let in. Give the edge a new key: retouch fuse keys.")
         _show.say(f"Serving at {host}:{port}; log: {program.log}. Stop with Ctrl-C.")
         _until_stopped(program)
 
@@ -162,7 +198,7 @@ def join(
     share: _SHARE = "",
     folder: Annotated[Path, typer.Option(help="For the log and Flower's own files.")] = Path("edge"),
 ) -> None:
-    """Train what the cloud asks for, until Ctrl-C. Examples stay here; only the adapter leaves.
+    """Train what the cloud asks for, until Ctrl-C. Examples stay here; only the adapter leaves. No program is fetched.
 
     Example: retouch fuse join cloud.example:8000 --edge law=law.jsonl:budget_mib=900 --keys law
     """

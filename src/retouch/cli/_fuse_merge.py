@@ -72,27 +72,30 @@ def merge(
     Example: retouch fuse merge smollm2 news law --method tsv --scale tune --data domains -o fused
     """
     from .. import registry
-    from ..fuse.merging import seen_by_edges
+    from ..fuse.merging import refuse_replacing, seen_by_edges
     from ..report import to_json, to_terminal, write_html
     from ..store import refuse_inside
 
     cls = registry.load("fuse", method)
     adapters, context.args = _parted([str(a) for a in adapters], cls)
     chosen = method_of(context, cls)
+    fixed = {w[2:].partition("=")[0].replace("-", "_") for w in context.args if w.startswith("--")}
     kind = one_of("as", as_, ("adapter", "change", "model"))
     resolver = resolver_of(resolve)
     given: Any = None if not weights else "examples" if weights == "examples" else parse_numbers("weights", weights)
     _show.writable("--html", html, "matplotlib", "jinja2")
     refuse_inside(out)
+    refuse_replacing(out, [base, *adapters])
     _check_merge(chosen, scale, max_harm, n_certify, data, dry_run)
     suite = parse_suite(data) if data else None
     if scale != "tune":
         chosen = _scaled(chosen, scale)
     with _show.progress():
         model = open_base(base)
-        opened = [seen_by_edges(a) for a in open_adapters(adapters, model, base_unverified, targets_from_tensors)]
+        given_here = open_adapters(adapters, model, base_unverified, targets_from_tensors)
+        opened = [seen_by_edges(a, model) for a in given_here]
         asked = {"weights": given, "resolver": resolver}
-        judged = {"suite": suite, "tuned": scale == "tune", "limit": max_harm, "n_certify": n_certify}
+        judged = {"suite": suite, "tuned": scale == "tune", "fixed": fixed, "limit": max_harm, "n_certify": n_certify}
         report, proof = _merged(model, opened, chosen, out, kind, dry_run, asked, judged)
     if html is not None:
         write_html(report, html)
@@ -139,6 +142,11 @@ def _check_merge(
                f"--method {method.name}": method.needs == "selection"}  # fmt: skip
     if not data and not dry_run and (what := next((w for w, needs in wanting.items() if needs), None)):
         raise UserError(f"{what} needs questions of the adapters' domains: give --data.")
+    if method.needs == "moments" and not dry_run:
+        raise UserError(
+            f"--method {method.name} needs second moments of each adapter's inputs, which no file of an adapter holds. "
+            "In Python hand them to retouch.fuse.merging.merge (moments=); here choose another method."
+        )
 
 
 def _merged(
@@ -147,14 +155,14 @@ def _merged(
 ) -> tuple[Any, Any]:  # fmt: skip
     """Fuse, and keep the result unless its proof fails: weight by weight where nothing has to be judged first."""
     from ..fuse.base import shares
-    from ..fuse.merging import conflict_report, merge, merge_to_folder
+    from ..fuse.merging import conflict_report, fused_ranks, fused_report, merge, merge_to_folder
 
     by_weight = kind == "adapter" and not judged["tuned"] and judged["limit"] is None and not method.chooses
+    if kind == "adapter" and not dry_run:
+        fused_ranks(model, adapters, method, **asked)  # refuses before anything is measured what no adapter can hold
     if dry_run or by_weight:
         report = conflict_report(model, adapters, shares(adapters, asked["weights"]), method.seed)
-        if not dry_run:
-            merge_to_folder(model, adapters, method, out, **asked)
-        return report, None
+        return report if dry_run else fused_report(report, merge_to_folder(model, adapters, method, out, **asked)), None
     made = merge(model, adapters, method, **asked, **judged)
     if made.proof is None or made.proof.holds:
         _save(model, made.change, out, kind)
@@ -192,7 +200,7 @@ def _save(model: Model, change: Any, out: Path, kind: str) -> None:
 def compose(
     data: Annotated[str, typer.Option(help="A folder with a sub-folder for each domain, MMLU's layout, or text-cd.")],
     k: Annotated[int | None, typer.Option("-k", help="Questions of a prompt: 2, 3 or 4.")] = None,
-    split: Annotated[str, typer.Option(help="selection or test.")] = "test",
+    split: Annotated[str | None, typer.Option(help="selection or test; default: test.")] = None,
     once: Annotated[bool, typer.Option("--once", help="Ask every question once.")] = False,
     n: Annotated[
         int | None, typer.Option("-n", help="Bundles at most; a bundle is nine prompts, or one with --once.")
@@ -205,9 +213,12 @@ def compose(
     examples: Annotated[
         Path | None, typer.Option(help="Also write each domain's training examples to this folder.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the drawing.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Of the drawing; default: 0.")] = None,
     recipe: Annotated[
-        Path | None, typer.Option("-o", "--out", help="File of the recipe: hashes and seed, no texts.")
+        Path | None, typer.Option(help="Ask what this file says, in place of -k, -n, --once, --split and --seed.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="New file for the recipe: hashes and seed, no texts.")
     ] = None,
     json_: _JSON = False,
 ) -> None:
@@ -217,23 +228,22 @@ def compose(
     """
     from ..errors import UserError
     from ..fuse.asking import as_change, asked
-    from ..fuse.compose import bundles, read_recipe, singles, write_recipe
+    from ..fuse.compose import bundles, drawn_as, read_recipe, singles, write_recipe
     from ..fuse.composed_metrics import measure
 
     if adapter is not None and model is None:
         raise UserError("--adapter is asked together with its base: give --model too.")
     if n is not None and n < 1:
         raise UserError(f"-n must be at least 1; got {n}.")
-    suite = parse_suite(data, seed, template)
-    pool = suite.questions(one_of("split", split, ("selection", "test")))
-    if recipe is not None and recipe.is_file() and model is not None:
-        instances = read_recipe(recipe, pool)
-    else:
-        instances = bundles(pool, k, seed, once, n_bundles=n)
-        if recipe is not None:
-            write_recipe(recipe, suite.name, instances)
+    _check_recipe(recipe, out, {"-k": k, "-n": n, "--once": once or None, "--split": split, "--seed": seed})
+    drawn: dict[str, Any] = drawn_as(recipe) if recipe else {"seed": seed or 0, "split": split or "test"}
+    suite = parse_suite(data, drawn["seed"], template)
+    pool = suite.questions(one_of("split", drawn["split"], ("selection", "test")))
+    instances = read_recipe(recipe, pool) if recipe else bundles(pool, k, drawn["seed"], once, n_bundles=n)
+    if out is not None:
+        write_recipe(out, suite.name, instances, drawn)
     if examples is not None:
-        _write_examples(suite, examples, seed)
+        _write_examples(suite, examples, drawn["seed"])
     told: dict[str, Any] = {"suite": suite.name, "domains": list(suite.domains), "instances": len(instances)}
     if model is not None:
         with _show.progress():
@@ -260,8 +270,21 @@ def compose(
             "coupling",
         )
         _show.table(f"{model} on them", ["", "share"], [[n.replace("_", " "), told.get(n)] for n in names])
-    if recipe is not None:
-        _show.say(f"Recipe: {recipe}")
+    if out is not None:
+        _show.say(f"Recipe: {out}. To ask the same again: --recipe {out}")
+
+
+def _check_recipe(recipe: Path | None, out: Path | None, drawing: dict[str, Any]) -> None:
+    """A recipe is read or written, never both, and says itself how it was drawn."""
+    from ..errors import UserError
+
+    told = next((flag for flag, value in {**drawing, "-o": out}.items() if value is not None), None)
+    if recipe is not None and told is not None:
+        raise UserError(f"--recipe {recipe} says what is asked, so {told} has nothing to say. Leave one of them out.")
+    if out is not None and out.exists():
+        raise UserError(
+            f"-o {out} exists already. To ask what it says: --recipe {out}. To draw anew, name another file."
+        )
 
 
 def _write_examples(suite: Suite, folder: Path, seed: int) -> None:

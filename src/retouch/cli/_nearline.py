@@ -1,4 +1,4 @@
-"""``retouch recommend nearline, serve``: knowledge made before anybody asks, and answers over HTTP."""
+"""``retouch recommend add, nearline, serve``: new items, knowledge made before anybody asks, answers over HTTP."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from . import _show
 from ._settings import EXTRA, method_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ..recommend.bundle import Bundle
     from ..recommend.nearline import Done, NearlineSettings
     from ..recommend.stores import Past, Store
@@ -22,8 +24,36 @@ _BUNDLE = Annotated[Path, typer.Argument(help="What `recommend fit` wrote.")]
 
 def add_to(app: typer.Typer) -> None:
     """Add the commands to ``retouch recommend``."""
+    app.command()(add)
     app.command(context_settings=EXTRA)(nearline)
     app.command()(serve)
+
+
+def add(
+    bundle: _BUNDLE,
+    items: Annotated[Path, typer.Option(help="New items with titles: a table with ids first, .item, or JSON.")],
+    encoder: Annotated[
+        str, typer.Option(help="As in `recommend fit`; a .npy file has a row for each new item.")
+    ] = "minilm",
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Another folder; default: in place.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Results for programs.")] = False,
+) -> None:
+    """Give new items codes in a saved bundle. Nothing is trained, and the codes of all other items stay.
+
+    Example: retouch recommend add bundle --items new.tsv
+    """
+    from dataclasses import asdict
+
+    from ..recommend.grow import add_items, read_new
+
+    with _show.progress():
+        told = add_items(bundle, read_new(items), encoder=encoder, out=out)
+    if json_:
+        _show.emit({"bundle": str(out or bundle), **asdict(told)})
+        return
+    known = f"; {len(told.known):,} were there already" if told.known else ""
+    _show.say(f"{len(told.codes):,} new items in {out or bundle}{known}.")
+    _show.say(f"Its records go to namespace {told.fingerprint[:12]}. Next: retouch recommend nearline {out or bundle}")
 
 
 def nearline(
@@ -40,9 +70,16 @@ def nearline(
     time: Annotated[str, typer.Option(help="Column of times.")] = "timestamp",
     llm: Annotated[str, typer.Option(help="The language model; default: the one it was fitted with.")] = "",
     watch: Annotated[bool, typer.Option("--watch", help="Go on for as long as histories change.")] = False,
+    metrics: Annotated[int, typer.Option(help="With --watch: the port for Prometheus; 0: none.")] = 0,
     activate: Annotated[
         bool, typer.Option(help="Let servers read these records once enough users are covered.")
     ] = True,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="The histories stand, also where the store knows longer ones.")
+    ] = False,
+    forget: Annotated[
+        list[str] | None, typer.Option(help="Only remove a user's history and records; may be given again.")
+    ] = None,
     rollback: Annotated[bool, typer.Option("--rollback", help="Only let servers read what they read before.")] = False,
     ray: Annotated[bool, typer.Option("--ray", help="Spread over a Ray cluster; the records are the same.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Results for programs.")] = False,
@@ -60,9 +97,16 @@ def nearline(
     settings = method_of(context, work.NearlineSettings)
     if watch and (ray or json_):
         raise UserError("--watch works in this process and tells what it does on stderr: leave out --ray and --json.")
+    if metrics and not watch:
+        raise UserError("--metrics tells what a writer does over time: give --watch too.")
     if rollback:
         _roll_back(store, json_)
         return
+    if forget:
+        _forget(store, forget, json_)
+        return
+    if replace and histories is None:
+        raise UserError("--replace needs --histories: the histories that are to stand.")
     known = None
     if histories is not None:
         known = work.read_histories(histories, format=format, user=user, item=item, time=time)
@@ -71,14 +115,14 @@ def nearline(
         kept = open_store(store)
         try:
             if known is not None:
-                kept.put_histories(known)
+                kept.put_histories(known, replace=replace)
             if watch:
-                _watch(opened, kept, settings, activate)
+                _watch(opened, kept, settings, activate, metrics)
                 return
             users = known or _all_histories(kept, store)
             done = work.refresh(
                 opened, kept, users, settings, checkpoint=_mark(bundle, store), activate=activate,
-                way="ray" if ray else "here",
+                way="ray" if ray else "here", own=known is None,
             )  # fmt: skip
             active = kept.active()
         finally:
@@ -104,6 +148,20 @@ def _roll_back(store: str, json_: bool) -> None:
         _show.emit({"store": store, "active": namespace})
     else:
         _show.say(f"Servers read namespace {namespace[:12]} again.")
+
+
+def _forget(store: str, users: list[str], json_: bool) -> None:
+    from ..recommend.stores import open_store
+
+    kept = open_store(store)
+    try:
+        n_records = kept.forget(users)
+    finally:
+        kept.close()
+    if json_:
+        _show.emit({"store": store, "users": users, "records": n_records})
+    else:
+        _show.say(f"Removed the histories of {len(users):,} users and {n_records:,} records.")
 
 
 def _mark(bundle: Path, store: str) -> Path:
@@ -137,18 +195,37 @@ def _all_histories(kept: Store, store: str) -> dict[str, Past]:
     return found
 
 
-def _watch(opened: Bundle, kept: Store, settings: NearlineSettings, activate: bool) -> None:
+def _watch(opened: Bundle, kept: Store, settings: NearlineSettings, activate: bool, metrics: int) -> None:
     import signal
     import sys
     import threading
 
     from ..recommend.nearline import watch
 
+    count = _counted(metrics)
     stop = threading.Event()
     for sign in (signal.SIGTERM, signal.SIGINT):
         signal.signal(sign, lambda *_: stop.set())
-    for done in watch(opened, kept, settings, stop=stop, activate=activate):
+    for done in watch(opened, kept, settings, stop=stop, activate=activate, counted=count):
         sys.stderr.write(f"{_sentence(done)}\n")
+
+
+def _counted(port: int) -> Callable[[Done, float], None] | None:
+    """Open the port for Prometheus, and return what counts."""
+    from ..errors import UserError
+
+    if not port:
+        return None
+    try:
+        from ..recommend._metrics import NearlineMetrics
+
+        counting = NearlineMetrics()
+        counting.listen(port)
+    except ImportError as error:
+        raise UserError("--metrics needs prometheus-client. Install it with: pip install 'retouch[serve]'") from error
+    except OSError as error:
+        raise UserError(f"Nothing can listen at port {port} for --metrics: {error}.") from error
+    return counting.done
 
 
 def serve(

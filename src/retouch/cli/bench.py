@@ -264,7 +264,7 @@ def fuse(
     suite = parse_suite(data, seed, template)
     wanted = bench.Bench(
         chosen, before, k, form, per_edge, tuple(shares), score,
-        LoraSettings(rank=rank, alpha=2.0 * rank, epochs=epochs, batch=batch, learning_rate=learning_rate), joint, n_selection, n_test,
+        LoraSettings(rank=rank, alpha=2.0 * rank, epochs=epochs, batch=batch, learning_rate=learning_rate, lean=False), joint, n_selection, n_test,
         tuple(scales), first, limit, chat, seed,
     )  # fmt: skip
     from ..model import open_model
@@ -325,6 +325,9 @@ def recommend(
     samples_per_epoch: Annotated[int | None, typer.Option(help="Samples of an epoch of the reference.")] = None,
     dropout: Annotated[float, typer.Option(help="Of the reference.")] = 0.1,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    export: Annotated[
+        Path | None, typer.Option(help="Only write the split there, as benchmark files of RecBole, and measure nothing.")
+    ] = None,
     work: Annotated[Path | None, typer.Option(help="Folder of what is finished; default: in the cache.")] = None,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     json_: Annotated[Path, typer.Option("--json", help="The result.")] = Path("bench-recommend.json"),
@@ -336,7 +339,8 @@ def recommend(
     from .. import registry
     from ..errors import UserError
     from ..model import open_model
-    from ..recommend import api, bench
+    from ..recommend import api, bench, splits
+    from ..recommend.export import write_benchmark
     from .recommend import one_of, read, reference_of
 
     chosen = registry.parse("recommend", methods or bench.METHODS, seed=seed)
@@ -350,6 +354,9 @@ def recommend(
     asks = any(getattr(m, "knowledge", "none") not in ("text", "none") for m in chosen.values())
     with _show.progress():
         found = read(data, format, user, item, time, text, title_map, min_rating, min_count, allow_missing_text)
+        if export is not None:
+            written = write_benchmark(found, splits.split(found, how, kept, seed), export)
+            return _show.say(f"Saved as {written}: files of {found.n_users:,} users for RecBole.")
         opened = open_model(model) if asks else None
         tokens = api.Tokens(tokeniser, codes, encoder, force)
         prepared = api.prepare(found, work, tokens=tokens, how=how, holdout=kept, seed=seed)

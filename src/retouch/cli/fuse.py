@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -76,9 +77,11 @@ def prune(
     refuse_inside(place)
     if place.is_dir():
         raise UserError(f"--plan {place} is a folder, and the plan is a file. Choose another name.")
+    load = Load(rank=rank, batch=batch)
+    if budget_mib is not None and not 0 < budget_mib < math.inf:
+        raise UserError(f"--budget-mib must be a finite number above 0; got {budget_mib:g}.")
     with _show.progress():
         model = open_base(base)
-        load = Load(rank=rank, batch=batch)
         mib = budget_mib if budget is None else share_of(budget) * whole_mib(model, load)
         made = plan_prune(
             model, budget_mib=mib, ratio=ratio, score=one_of("score", score, ("random", "magnitude", "wanda", "taylor", "flap")),
@@ -116,6 +119,10 @@ def train(
     data: Annotated[Path, typer.Option(help="Private examples: JSON Lines or TSV with prompt and target.")],
     replay: Annotated[Path | None, typer.Option(help="Public examples that are mixed in.")] = None,
     name: Annotated[str, typer.Option(help="What reports call the adapter.")] = "",
+    deadline: Annotated[
+        float | None,
+        typer.Option(help="Seconds after which it stops with what is there; the same command goes on from there."),
+    ] = None,
     work: Annotated[Path | None, typer.Option(help="Folder of the state, for going on; default OUT.work.")] = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the adapter.")] = Path("adapter"),
     json_: _JSON = False,
@@ -127,12 +134,15 @@ def train(
     import dataclasses
     import shutil
 
+    from ..errors import UserError
     from ..fuse.adapter_file import ranks_of, write_adapter
     from ..fuse.train import LoraSettings, read_examples
     from ..fuse.train import train as fit
     from ..store import refuse_inside
 
     settings = method_of(context, LoraSettings)
+    if deadline is not None and not deadline > 0:
+        raise UserError(f"--deadline is in seconds, above 0; got {deadline:g}.")
     refuse_inside(out)
     examples = read_examples(data)
     public = read_examples(replay) if replay else []
@@ -141,7 +151,7 @@ def train(
         opened = open_any(model)
         if getattr(opened, "plan", "") and not any("a-init" in w or "a_init" in w for w in context.args):
             settings = dataclasses.replace(settings, a_init="independent")  # which columns it has, an edge cannot know
-        made = fit(opened, examples, settings, place, replay=public, name=name or out.name)
+        made = fit(opened, examples, settings, place, replay=public, name=name or out.name, deadline_s=deadline)
         ranks = ranks_of(made)
         write_adapter(
             out,
@@ -152,9 +162,11 @@ def train(
             plan=made.plan,
             n_examples=made.n_examples,
         )
-    shutil.rmtree(place / "state", ignore_errors=True)
-    with suppress(OSError):
-        place.rmdir()  # stays where the user keeps other things in it
+    partial = made.notes["partial"]
+    if not partial:
+        shutil.rmtree(place / "state", ignore_errors=True)
+        with suppress(OSError):
+            place.rmdir()  # stays where the user keeps other things in it
     size = sum(f.stat().st_size for f in out.iterdir()) / 2**20
     if json_:
         _show.emit({"adapter": str(out), "plan": made.plan, "mib": size, "notes": dict(made.notes)})
@@ -162,31 +174,37 @@ def train(
     _show.say(
         f"Trained on {made.n_examples:,} examples in {made.notes['n_steps']} steps; peak {made.notes['peak_mib']:,.0f} MiB."
     )
+    if partial:
+        _show.say(
+            f"The deadline came before the end: the adapter is marked partial. The same command goes on from {place}."
+        )
     _show.say(f"Saved as {out} ({size:.1f} MiB: nothing else needs to leave this machine).")
     if made.plan:
-        _show.say(f"Next, at the cloud: retouch fuse recover {out} --plan PLAN -o full")
+        _show.say(f"Next, at the cloud: retouch fuse recover {out} --plan PLAN --model MODEL -o full")
 
 
 @app.command()
 def recover(
     adapter: Annotated[Path, typer.Argument(help="What an edge has trained on a pruned model.")],
     plan: Annotated[Path, typer.Option(help="The plan that `fuse prune` left here.")],
-    model: Annotated[str, typer.Option(help="The whole model.")] = "smollm2",
+    model: Annotated[str, typer.Option(help="The whole model that the plan was made for.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the recovered adapter.")] = Path("recovered"),
     json_: _JSON = False,
 ) -> None:
     """Bring an adapter of a pruned model to the whole model's shape; plain PEFT loads the result.
 
-    Example: retouch fuse recover adapter --plan small.plan.json -o full
+    Example: retouch fuse recover adapter --plan small.plan.json --model smollm2 -o full
     """
-    from ..fuse.adapter_file import open_adapter, ranks_of, write_adapter
+    from ..fuse.adapter_file import open_adapter, origin_of, ranks_of, write_adapter
     from ..fuse.prune import open_plan
     from ..fuse.pruned import pruned
+    from ..fuse.recover import check_origin
     from ..fuse.recover import recover as scatter
     from ..store import refuse_inside
 
     refuse_inside(out)
     made = open_plan(plan)
+    check_origin(adapter.name, origin_of(adapter), made)  # before a large model is opened in vain
     with _show.progress():
         opened = open_base(model)
         small = open_adapter(adapter, pruned(opened, made))
@@ -199,6 +217,7 @@ def recover(
             notes=_plain_notes(full),
             plan=full.plan,
             n_examples=full.n_examples,
+            kept=full.kept,
         )
     if json_:
         _show.emit({"adapter": str(out), "plan": made.hash})

@@ -197,10 +197,13 @@ def evaluate(
         Path | None, typer.Option(help="Fresh histories: certify what is served on their last items.")
     ] = None,
     max_harm: Annotated[float | None, typer.Option(help="Limit for --window; default: the bundle's own.")] = None,
-    format: Annotated[str, typer.Option(help="Of --window; default: by the file.")] = "",
-    user: Annotated[str, typer.Option(help="Column of users in --window.")] = "user_id",
-    item: Annotated[str, typer.Option(help="Column of items in --window.")] = "item_id",
-    time: Annotated[str, typer.Option(help="Column of times in --window.")] = "timestamp",
+    reasons: Annotated[
+        Path | None, typer.Option(help="Histories: check that the items named as reasons matter more than others.")
+    ] = None,
+    format: Annotated[str, typer.Option(help="Of --window or --reasons; default: by the file.")] = "",
+    user: Annotated[str, typer.Option(help="Column of users in --window or --reasons.")] = "user_id",
+    item: Annotated[str, typer.Option(help="Column of items in --window or --reasons.")] = "item_id",
+    time: Annotated[str, typer.Option(help="Column of times in --window or --reasons.")] = "timestamp",
     llm: Annotated[str, typer.Option(help="The language model; default: the one it was fitted with.")] = "",
     json_: _JSON = False,
 ) -> None:
@@ -225,6 +228,9 @@ def evaluate(
     from ..store import check_folder
 
     check_folder(bundle)
+    if reasons is not None:
+        _reasons(bundle, reasons, json_, format=format, user=user, item=item, time=time)
+        return
     if window is not None:
         from ..recommend.bundle import open_bundle
         from ..recommend.personal import certify_on, language_model
@@ -244,6 +250,24 @@ def evaluate(
             _show.say("Computed again from the arrays: equal.")
     if window is not None:
         require(certified)
+
+
+def _reasons(bundle: Path, histories: Path, json_: bool, **columns: str) -> None:
+    from dataclasses import asdict
+
+    from ..recommend.bundle import open_bundle
+    from ..recommend.personal import check_reasons
+
+    with _show.progress():
+        found = check_reasons(open_bundle(bundle), histories, **columns)
+    if json_:
+        _show.emit({**asdict(found), "holds": found.holds})
+        return
+    word = "matter more than" if found.holds else "are not told apart from"
+    _show.say(
+        f"The items named as reasons {word} random others: without them a score falls by {found.mean:.3f} nats more "
+        f"({found.lower:.3f} to {found.upper:.3f}, {found.n:,} histories)."
+    )
 
 
 # ---------------------------------------------------------------- reading what was asked

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -38,6 +38,10 @@ class SpreadMethod(ValueEditMethod):
     keeps_previous: ClassVar[bool] = True
     merges: ClassVar[bool] = False
     """Whether the facts of one subject share one value and one key."""
+    reads: ClassVar[Literal["state", "down"]] = "state"
+    """What the values are wanted at: the state after the last block, or what its weight gives."""
+    power: ClassVar[float] = 1.0
+    """With j blocks left, each takes what is missing over j to this power."""
 
     n_steps: int = setting(25, "Steps of the search; N steps make N - 1 updates.", ge=1, le=1000)
     clamp: float = setting(0.75, "Longest value change, in lengths of the value itself.", gt=0)
@@ -132,7 +136,8 @@ class SpreadMethod(ValueEditMethod):
                 linalg.solve(keys, residuals, metric, mode=writer.mode, keep=keep, names=names)
             return linalg.solve(keys, residuals, metric, mode=writer.mode, ridge=writer.ridge, keep=keep, names=names)
 
-        written = spread(model, found, groups, torch.stack([v.target for v in values]), blocks, solve)
+        targets = torch.stack([v.target for v in values])
+        written = spread(model, found, groups, targets, blocks, solve, reads=self.reads, power=self.power)
         member = {i: g for g, members in enumerate(groups) for i in members}
         notes = {
             "facts": [
@@ -231,6 +236,9 @@ def spread(
     targets: Tensor,
     blocks: Sequence[int],
     solve: Solver,
+    *,
+    reads: Literal["state", "down"] = "state",
+    power: float = 1.0,
 ) -> Written:
     """Write in ascending blocks, each taking an equal share of what is still missing at the last one.
 
@@ -247,19 +255,21 @@ def spread(
         targets: z, the wanted state after the last block, (groups, d_model).
         blocks: Ascending.
         solve: Makes the write of one weight.
+        reads: See `SpreadMethod`.
+        power: See `SpreadMethod`.
     """
     merged = [prefixes(found, g) for g in groups]
     rows = [p.ids for ps in merged for p in ps]
     mean, bare = averages(merged), averages(merged, bare=True)
-    last = f"blocks.{blocks[-1]}"
+    last = down(blocks[-1]) if reads == "down" else f"blocks.{blocks[-1]}"
     written = Written({}, {}, {}, [])
     for j, block in enumerate(blocks):
         name = down(block)
         keys, states, *norm = _read(model, rows, block, last, written.parts)
         keys = (mean @ keys).T
         missing = targets.double() - bare @ states
-        wanted = missing / (len(blocks) - j)
-        if norm:
+        wanted = missing / (len(blocks) - j) ** power
+        if norm and reads == "state":
             wanted = _before_norm(wanted, *(bare @ side for side in norm))
         solution = solve(name, keys, wanted.T)
         written.parts[name] = LowRank(solution.left.float(), solution.right.float())

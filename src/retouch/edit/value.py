@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,13 +19,11 @@ from ..bound import Multiplier
 from ..errors import ModelError
 from ..model import Model
 from ..progress import report
-from ._search import Aim, Bystander, Search
+from ._search import Aim, Bystander, Search, Side
 from .base import ValueEditMethod
 from .rows import Problem
 
-__all__ = ["Aim", "Bystander", "Search", "Value", "optimise"]
-
-Side = Literal["down", "residual"]
+__all__ = ["Aim", "Bystander", "Search", "Settled", "Value", "optimise"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +85,13 @@ class Start(NamedTuple):
     pull: float = 0.0
 
 
+class Settled(NamedTuple):
+    """What changes once a group says its targets everywhere: their NLL weighs less, and it is done by the KL term."""
+
+    weight: float
+    kl: float
+
+
 def optimise(
     model: Model,
     found: Sequence[Problem],
@@ -100,6 +105,7 @@ def optimise(
     flat: float = 0.0,
     aim: Aim | None = None,
     bystanders: Sequence[Bystander] = (),
+    settled: Settled | None = None,
 ) -> list[Value]:
     """Search a value for every fact, or one for all facts of a group.
 
@@ -121,7 +127,8 @@ def optimise(
         model: A decoder; its weights get no gradients.
         found: The facts as rows, all with one position.
         block: The edited block.
-        side: Add to the output of ``mlp.down``, or to the block's output (the residual stream).
+        side: Add to the output of ``mlp.down``, or to the block's output (the residual stream). ``both``: a value for
+            ``mlp.down`` and one for ``attention.out`` at once; each value is the two, one behind the other.
         settings: Of the method.
         groups: Numbers of the facts that share one value; by default each fact has its own.
         start: Where to start; by default at 0.
@@ -129,6 +136,7 @@ def optimise(
         flat: Length of the noise on the value at each step, in the value's own lengths, which looks for wide minima.
         aim: Bring a later state somewhere instead of making the target likely.
         bystanders: Rows that the expected write must leave alone, with their group.
+        settled: Let go of targets that are said already.
 
     Returns:
         One value a group, in order. Groups do not see each other: together or alone they give the same values.
@@ -155,7 +163,7 @@ def optimise(
             bystanders=[b.of(chunk.index(b.group)) for b in bystanders if b.group in chunk],
         )
         begin = start and Start(start.delta[chunk], start.reach[chunk], start.pull)
-        values.update(zip(chunk, _descend(search, settings, begin, temperature, flat)))
+        values.update(zip(chunk, _descend(search, settings, begin, temperature, flat, settled)))
         report(what, len(values), len(groups))
     return [values[g] for g in range(len(groups))]
 
@@ -182,8 +190,8 @@ def _chunks(
         need = 0.0
         for problem in (found[i] for i in groups[g]):
             longest = max(len(r.seen) for r in problem.rows)
-            columns = (len(problem.rows) + 1) * _tail(problem)
-            need += columns * (per_column + 12 * (a.n_blocks - block) * a.heads * longest)
+            columns = sum(len(r.seen) - at for r, at in zip(problem.rows, problem.anchors)) + 3
+            need += columns * (per_column + 12 * (a.n_blocks - block) * a.heads * 4 * longest)
             need += 16 * a.vocab_size * (1 + sum(len(r.target) for r in problem.rows))
         for row in (b.row for b in bystanders if b.group == g):
             need += len(row.ids) * per_column + 16 * a.vocab_size
@@ -197,13 +205,18 @@ def _chunks(
 
 @torch.enable_grad()  # a caller may plan inside torch.no_grad
 def _descend(
-    search: Search, s: ValueEditMethod, start: Start | None, temperature: float | None, flat: float
+    search: Search,
+    s: ValueEditMethod,
+    start: Start | None,
+    temperature: float | None,
+    flat: float,
+    settled: Settled | None,
 ) -> list[Value]:
     """Search until every group is done or the steps are used up."""
     initial = search.initial
     n, length, device = len(initial), initial.norm(dim=1), initial.device
     reach = torch.ones(n, device=device) if start is None else start.reach.to(device, torch.float32)
-    longest = s.clamp * reach * length
+    longest = s.clamp * reach[:, None] * initial.view(n, 2 if search.both else 1, -1).norm(dim=2)
     anchor = torch.zeros_like(initial) if start is None else _within(start.delta.to(device, torch.float32), longest)
     delta, pull = anchor.clone(), start.pull if start else 0.0
     adam, limit = _Adam(delta, s.learning_rate), s.max_drift if search.n_bystanders else 0.0
@@ -220,13 +233,16 @@ def _descend(
         fit = search.per_group(terms.nll, temperature)
         if search.aim:
             fit = terms.distance + search.aim.nll * fit
+        now = search.worst_margin(terms.margin)
+        if settled:
+            fit = torch.where(now > 0, settled.weight * fit, fit)
         penalties = [price.penalty(drift) for price, drift in zip(prices, terms.drift)]
         harm = torch.stack(penalties) if limit else s.kl_factor * terms.kl + _decay(moved, length, s)
         held = pull * ((moved - anchor).norm(dim=1) / length) ** 2
         loss = fit + harm + held
         if not torch.isfinite(loss[active]).all():
             raise ModelError("The search's loss is not finite. Use a lower learning rate or a smaller clamp.")
-        margins = torch.where(active, search.worst_margin(terms.margin), margins)
+        margins = torch.where(active, now, margins)
         losses.append(loss.detach())
         live.append(active)
         away = terms.distance.detach()
@@ -236,6 +252,8 @@ def _descend(
         best.see(moved.detach(), fit.detach(), terms.drift.detach(), margins, away, active & within)
         if search.aim:
             done = (away < search.aim.stop) | (margins >= s.min_margin if search.asks else away < 0)
+        elif settled:
+            done = (now > 0) & (s.kl_factor * terms.kl.detach() <= settled.kl)
         elif s.stop == "loss":
             done = (fit if limit else loss).detach() < s.stop_loss
         else:
@@ -270,13 +288,14 @@ def _descend(
 
 
 def _within(delta: Tensor, longest: Tensor) -> Tensor:
-    """Shorten what is longer than allowed.
+    """Shorten what is longer than allowed, each value that stands in a row by itself.
 
     Shapes:
-        delta (groups, d_model), longest (groups,).
+        delta (groups, values x d_model), longest (groups, values).
     """
-    share: Tensor = longest[:, None] / delta.norm(dim=1, keepdim=True).clamp(min=1e-12)
-    return delta * share.clamp(max=1)
+    each = delta.view(*longest.shape, -1)
+    share: Tensor = longest[:, :, None] / each.norm(dim=2, keepdim=True).clamp(min=1e-12)
+    return (each * share.clamp(max=1)).view(delta.shape)
 
 
 def _decay(delta: Tensor, length: Tensor, s: ValueEditMethod) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,10 @@ from ..model import Model
 from ..progress import track
 from ._adapter_config import MAX_RANK
 from ._factors import TENSORS, by_path, checked, norms_of, shapes_of
+from ._folder import quoted
 from ._header import SIZES
+from ._kept import check_unseen, packed
+from .base import MAX_EXAMPLES, Kept
 
 CONFIG = "adapter_config.json"
 RECORD = "retouch.json"
@@ -34,10 +37,11 @@ def write_adapter(
     ranks: Mapping[str, int],
     model: Model,
     *,
-    notes: Mapping[str, Any] | None = None,
+    notes: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None,
     plan: str = "",
     n_examples: int | None = None,
     dtype: str = "float32",
+    kept: Mapping[str, Kept] | None = None,
 ) -> None:
     """Write factors as a LoRA adapter that plain PEFT loads, whole or not at all; one weight is in memory at a time.
 
@@ -49,10 +53,11 @@ def write_adapter(
         parts: Factors by our names of the weights, in any order; they are taken one by one.
         ranks: Rank of each weight, known beforehand: the file's header is written before the first part is asked for.
         model: The base that the adapter is a difference to.
-        notes: What reports say of it; plain JSON.
+        notes: What reports say of it; plain JSON. Or what gives it, asked when all parts are written.
         plan: Hash of the pruning plan it was trained under.
         n_examples: How many examples trained it.
         dtype: Of the file: ``float32``, ``float16`` or ``bfloat16``.
+        kept: Of a recovered adapter: what its edge could see; what is not named was seen whole.
 
     Shapes:
         Each part: left (outputs, rank), right (rank, inputs).
@@ -68,16 +73,28 @@ def write_adapter(
         "base": model.base_fingerprint,
         "plan": plan,
         "n_examples": n_examples,
-        "notes": dict(notes or {}),
+        "notes": {} if callable(notes) else dict(notes or {}),
         "versions": versions(),
     }
+    if kept is not None:
+        record["kept"] = packed({name: kept[name] for name in layout.ranks if name in kept}, layout.shapes)
     _check_record(path, record)
     with store.writing(path, need_bytes=layout.n_bytes) as folder:
         store.write_json_atomic(folder / CONFIG, _config(layout, model))
-        _stream(folder / TENSORS, layout, parts)
+        _stream(folder / TENSORS, layout, _honest(parts, kept or {}, str(path)))
+        if callable(notes):
+            _check_record(path, record := {**record, "notes": dict(notes())})
         files = {name: store.sha256_file(folder / name) for name in (CONFIG, TENSORS)}
         store.write_json_atomic(folder / RECORD, {**record, "files": files})
         (folder / "README.md").write_text(_card(layout, model, record), encoding="utf-8")
+
+
+def _honest(
+    parts: Iterable[tuple[str, LowRank]], kept: Mapping[str, Kept], where: str
+) -> Iterator[tuple[str, LowRank]]:
+    for name, part in parts:
+        check_unseen(name, part, kept.get(name), where)
+        yield name, part
 
 
 class _Layout:
@@ -170,8 +187,8 @@ def _check_record(path: str | Path, record: Mapping[str, Any]) -> None:
     except (TypeError, ValueError, RecursionError) as error:
         raise StoreError(f"{path}: notes cannot be stored as JSON: {error}. Pass plain, finite values.") from error
     n = record["n_examples"]
-    if n is not None and (type(n) is not int or n < 0):
-        raise StoreError(f"{path}: n_examples must be a count or None; got {n!r}. Count the examples.")
+    if n is not None and (type(n) is not int or not 0 <= n <= MAX_EXAMPLES):
+        raise StoreError(f"{path}: n_examples must be a count or None; got {quoted(n)}. Count the examples.")
     if size > MAX_RECORD - 1024:
         raise StoreError(f"{path}: notes take {size:,} bytes; under {MAX_RECORD:,} are allowed. Shorten them.")
 

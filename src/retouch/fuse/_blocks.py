@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import store
 from ..change import LowRank
 from ..settings import setting
-from .base import Entries, FuseMethod, Module
+from .base import Entries, FuseMethod, Module, Resolver
 from .core import Core, canonical, factors, spanned, within
 
 __all__ = [
@@ -341,6 +341,10 @@ class Entrywise(FuseMethod):
         """Such a rule may follow a resolver of entries."""
         return True
 
+    def out_rank(self, ranks: Sequence[int], shape: tuple[int, int], resolver: Resolver | None = None) -> int:
+        """The rank that is wanted: what the rule leaves has full rank."""
+        return min(self.rank or sum(ranks), *shape)
+
     @abstractmethod
     def rule(self, blocks: Blocks) -> Rule:
         """Return what fuses a block; thresholds and the like are found here, before."""
@@ -367,6 +371,11 @@ class Elected(Entrywise):
     def takes_entries(self) -> bool:
         """Only where the weight's own entries vote."""
         return self.space == "full"
+
+    def out_rank(self, ranks: Sequence[int], shape: tuple[int, int], resolver: Resolver | None = None) -> int:
+        """In the core never more than the adapters have together."""
+        wanted = super().out_rank(ranks, shape, resolver)
+        return wanted if self.space == "full" else min(wanted, sum(ranks))
 
     def fuse(self, module: Module) -> LowRank:
         """Run the rule over blocks of rows, or over the coordinates in the core."""

@@ -72,12 +72,24 @@ class Folder:
             StoreError: As `file`, or it has more than `limit` bytes.
         """
         with self.file(name) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > limit:
-                raise StoreError(
-                    f"{self.path / name} has {size:,} bytes; at most {limit:,} are read. Do not use this adapter."
-                )
-            return bytes(exactly(file, 0, size, self.path / name))
+            return bytes(exactly(file, 0, self._size(file, name, limit), self.path / name))
+
+    def check_size(self, name: str, limit: int) -> None:
+        """Make sure that a file is small before anybody reads all of it.
+
+        Raises:
+            StoreError: As `read`.
+        """
+        with self.file(name) as file:
+            self._size(file, name, limit)
+
+    def _size(self, file: io.FileIO, name: str, limit: int) -> int:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise StoreError(
+                f"{self.path / name} has {size:,} bytes; at most {limit:,} are read. Do not use this adapter."
+            )
+        return size
 
     def json(self, name: str, limit: int) -> dict[str, Any]:
         """Return the object that a small JSON file holds.

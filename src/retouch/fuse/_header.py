@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,13 @@ class Entry:
     end: int
 
 
-def read_header(file: io.FileIO, where: Path) -> dict[str, Entry]:
+def read_header(file: io.FileIO, where: Path, sizes: Mapping[str, int] = SIZES) -> dict[str, Entry]:
     """Return where each tensor of a file lies.
+
+    Args:
+        file: The file.
+        where: What errors call it.
+        sizes: Types that are read, and their bytes a number.
 
     Raises:
         StoreError: It is no safetensors file, is too large a header, or does not account for every byte.
@@ -61,7 +67,7 @@ def read_header(file: io.FileIO, where: Path) -> dict[str, Entry]:
     _check_metadata(header.pop("__metadata__", {}), where)
     if len(header) > MAX_TENSORS:
         raise _refused(where, f"it names {len(header):,} tensors; at most {MAX_TENSORS:,} are read")
-    entries = {name: _entry(name, told, 8 + length, where) for name, told in header.items()}
+    entries = {name: _entry(name, told, (8 + length, size), where, sizes) for name, told in header.items()}
     _check_cover(entries, 8 + length, size, where)
     return entries
 
@@ -85,16 +91,19 @@ def _check_metadata(told: Any, where: Path) -> None:
         raise _refused(where, "its __metadata__ is not text by text")
 
 
-def _entry(name: str, told: Any, base: int, where: Path) -> Entry:
+def _entry(name: str, told: Any, span: tuple[int, int], where: Path, sizes: Mapping[str, int]) -> Entry:
     if not isinstance(told, dict) or told.keys() != {"dtype", "shape", "data_offsets"}:
         raise _refused(where, f"the tensor {quoted(name)} is not described by dtype, shape and data_offsets alone")
     dtype, shape, offsets = told["dtype"], told["shape"], told["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in SIZES:
-        raise _refused(where, f"{quoted(name)} is of type {quoted(dtype)}; factors are {', '.join(SIZES)}")
+    if not isinstance(dtype, str) or dtype not in sizes:
+        raise _refused(where, f"{quoted(name)} is of type {quoted(dtype)}; factors are {', '.join(sizes)}")
     if not _counts(shape) or not _counts(offsets) or len(offsets) != 2 or len(shape) > 8:
         raise _refused(where, f"shape or data_offsets of {quoted(name)} are not counts")
+    base, size = span
+    if any(count > size for count in (*shape, *offsets)):  # before it is multiplied or printed: it may have any length
+        raise _refused(where, f"shape or data_offsets of {quoted(name)} go beyond its {size:,} bytes")
     start, end = offsets
-    if end - start != math.prod(shape) * SIZES[dtype]:
+    if end - start != math.prod(shape) * sizes[dtype]:
         raise _refused(where, f"{quoted(name)} takes {end - start:,} bytes, which its shape and type do not")
     return Entry(dtype, tuple(shape), base + start, base + end)
 

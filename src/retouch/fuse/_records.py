@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 RAW = "bytes"
 PACKED = "safetensors"
 """How our arrays are serialised. All factors travel as one array: one request instead of some for each weight."""
-_DTYPES = {"F32": torch.float32, "F16": torch.float16}
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "I8": torch.int8}
+_SIZES = {name: dtype.itemsize for name, dtype in _DTYPES.items()}
 
 
 # ---------------------------------------------------------------- arrays
@@ -47,12 +48,12 @@ def _unpacked(record: Any, where: str) -> dict[str, Tensor]:
     place = Path(where)
     with tempfile.TemporaryFile(buffering=0) as file:
         file.write(array.data)
-        entries = read_header(file, place)
+        entries = read_header(file, place, _SIZES)
         found = {}
         for name, entry in entries.items():
-            if entry.dtype not in _DTYPES or not 1 <= len(entry.shape) <= 2 or 0 in entry.shape:
+            if not 1 <= len(entry.shape) <= 2 or 0 in entry.shape:
                 raise StoreError(
-                    f"{where}: {name[:80]!r} is {entry.dtype} {entry.shape}; float16 or float32 is expected."
+                    f"{where}: {name[:80]!r} has the shape {entry.shape}; a matrix or its scale is expected."
                 )
             data = exactly(file, entry.start, entry.end - entry.start, place)
             found[name] = torch.frombuffer(data, dtype=_DTYPES[entry.dtype]).reshape(entry.shape)
@@ -75,10 +76,9 @@ def from_capabilities(edge: Capabilities) -> RecordDict:
 
     ratio = -1.0 if edge.ratio is None else float(edge.ratio)
     plain = {"name": edge.name, "budget_mib": float(edge.budget_mib or 0), "ratio": ratio, "rank": edge.rank or 0}
+    plain |= {"cores": edge.cores, "n_examples": edge.n_examples, "privacy": edge.privacy}
     lists = {"cached": list(edge.cached), "versions": list(edge.versions)}
-    return RecordDict(
-        {"capabilities": ConfigRecord({**plain, **lists, "cores": edge.cores, "n_examples": edge.n_examples})}
-    )
+    return RecordDict({"capabilities": ConfigRecord({**plain, **lists})})
 
 
 def to_capabilities(content: RecordDict, where: str) -> Capabilities:
@@ -89,7 +89,7 @@ def to_capabilities(content: RecordDict, where: str) -> Capabilities:
     """
     record = _record(content, "capabilities", "ConfigRecord", where)
     kinds = {"name": str, "budget_mib": float, "ratio": float, "rank": int, "cores": int, "n_examples": str,
-             "cached": list, "versions": list}  # fmt: skip
+             "privacy": str, "cached": list, "versions": list}  # fmt: skip
     if odd := next((n for n, kind in kinds.items() if type(record.get(n)) is not kind), None):
         raise StoreError(f"{where} lacks {odd!r} or holds something else there. Update the edge's software.")
     budget, ratio, rank = record["budget_mib"], record["ratio"], record["rank"]
@@ -105,6 +105,7 @@ def to_capabilities(content: RecordDict, where: str) -> Capabilities:
     return Capabilities(
         record["name"], budget or None, None if ratio < 0 else ratio, rank or None, record["cores"],
         tuple(record["cached"]), tuple(record["versions"]), record["n_examples"],
+        record["privacy"],
     )  # fmt: skip
 
 

@@ -83,6 +83,11 @@ class Mixture:
         self.domain = torch.tensor([j for j, own in enumerate(drawn) for _ in own])
         self._factors = self._beside(adapters)
 
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Name the weights that any adapter changes, in order."""
+        return tuple(self._factors)
+
     def _beside(self, adapters: Sequence[Adapter]) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         """Put the factors of all adapters side by side, with the number of each column's adapter."""
         found, device = {}, self.model.device
@@ -97,7 +102,7 @@ class Mixture:
         """Ask all questions; with a loss also add its gradient to that of the weights.
 
         Args:
-            weights: A number for each adapter, on the CPU.
+            weights: A number for each adapter, or a row of them for each of `modules`; on the CPU.
             loss: Of a batch of questions; the batches' losses add up.
         """
         likely = torch.zeros(len(self._rows))
@@ -112,7 +117,7 @@ class Mixture:
             likely[chunk], right[chunk] = found.detach(), options.argmax(1) == answers
         if not bool(likely.isfinite().all()):
             raise UserError(
-                f"With the weights {', '.join(f'{w:.3g}' for w in weights.tolist())} the model's answers are not "
+                f"With the weights {', '.join(f'{w:.3g}' for w in weights.flatten()[:64].tolist())} the model's answers are not "
                 "numbers; the adapters are too large."
             )
         return Asked(likely, right)
@@ -121,9 +126,10 @@ class Mixture:
         """Return the log probabilities of the options, padded by impossible ones, on the CPU."""
         rows = [self._rows[i] for i in chunk]
         batch = self.model.batch([row.front for row in rows], side="left")
+        rows_of = weights if weights.dim() == 2 else weights.expand(len(self._factors), -1)
         with Trace(self.model) as trace:
-            for name, (left, right, owner) in self._factors.items():
-                trace.branch(name, left * weights[owner].to(left.device, left.dtype), right)
+            for row, (name, (left, right, owner)) in zip(rows_of, self._factors.items()):
+                trace.branch(name, left * row[owner].to(left.device, left.dtype), right)
             states = trace.states(batch)
         logp = self.model.logits(states[:, -1]).float().log_softmax(-1).cpu()
         most = max(len(row.labels[0]) for row in rows)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,23 @@ from ._adapter_writing import CONFIG, FORMAT, KIND, MAX_RECORD, RECORD, write_ad
 from ._factors import TENSORS, Factors, Place, by_path, check_shapes, checked, norms_of, paired, read_pair, shapes_of
 from ._folder import KIB, Folder, opened, quoted
 from ._header import Entry, read_header
-from .base import Adapter
+from ._kept import check_unseen, unpacked
+from .base import MAX_EXAMPLES, Adapter, Kept
 
-__all__ = ["check_tensors", "named_tensors", "open_adapter", "ranks_of", "weight_norms", "write_adapter"]
+__all__ = [
+    "Origin",
+    "check_tensors",
+    "named_tensors",
+    "open_adapter",
+    "origin_of",
+    "ranks_of",
+    "weight_norms",
+    "write_adapter",
+]
 
 _MANIFEST = "manifest.json"
 _WRITTEN = {CONFIG, TENSORS, RECORD, _MANIFEST, "README.md"}
+_LIMITS = {CONFIG: 64 * KIB, _MANIFEST: 64 * KIB}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -71,18 +82,20 @@ def open_adapter(
     """
     with opened(Path(path).absolute()) as folder:
         _check_names(folder)
-        data = folder.read(CONFIG, 64 * KIB)
+        data = folder.read(CONFIG, _LIMITS[CONFIG])
         config = read_config(folder.parsed(data, CONFIG), folder.path / CONFIG, targets_from_tensors)
         with folder.file(TENSORS) as file:
             entries = read_header(file, folder.path / TENSORS)
-            places = _places(entries, config, model, folder.path / TENSORS)
+            places = _fitting(folder, entries, config, model)
             _check_manifest(folder)
             record = _record(folder, {CONFIG: data, TENSORS: file})
             base = _base(folder, record, model, base_unverified)
+            kept = _kept(folder, record, places)
             norms = norms_of(model, places)
             for weight in track(list(places), f"check {folder.path.name}"):
                 place = replace(places[weight], norm=norms.get(weight))
-                digest = read_pair(file, weight, place, folder.path / TENSORS)[1]
+                part, digest = read_pair(file, weight, place, folder.path / TENSORS)
+                check_unseen(weight, part, kept.get(weight), str(folder.path / TENSORS))
                 places[weight] = replace(place, digest=digest)
     facts = {
         "path": str(folder.path),
@@ -94,10 +107,42 @@ def open_adapter(
         name or folder.path.name,
         Factors(folder.path, places),
         base,
+        kept,
         plan=record.get("plan", ""),
         n_examples=record.get("n_examples"),
-        notes={**record.get("notes", {}), "file": facts},
+        notes={**record.get("notes", {}), **_seen(record, kept), "file": facts},
     )
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a folder says of where its adapter comes from.
+
+    Attributes:
+        base: Fingerprint of the model before any change.
+        plan: Hash of the pruning plan; empty if the model was whole.
+        recovered: Whether it was brought to the whole model's sizes since.
+    """
+
+    base: str
+    plan: str
+    recovered: bool
+
+
+def origin_of(path: str | Path) -> Origin:
+    """Read where an adapter says it comes from, before any model is opened for it; no tensor is looked at.
+
+    Raises:
+        StoreError: The folder cannot be read, or Retouch did not write it.
+    """
+    with opened(Path(path).absolute()) as folder:
+        record = _record(folder, {})
+    if not record:
+        raise StoreError(
+            f"{folder.path} does not say which model and plan it was trained for (it has no {RECORD}). Use what "
+            "`retouch fuse train` wrote."
+        )
+    return Origin(record["base"], record["plan"], "kept" in record)
 
 
 def ranks_of(adapter: Adapter) -> dict[str, int]:
@@ -224,11 +269,35 @@ def _places(entries: Mapping[str, Entry], config: AdapterConfig, model: Model, w
     return places
 
 
+def _fitting(folder: Folder, entries: Mapping[str, Entry], config: AdapterConfig, model: Model) -> dict[str, Place]:
+    """Find the factors; where they do not fit because recovering was left out, or is asked for twice, say that."""
+    try:
+        return _places(entries, config, model, folder.path / TENSORS)
+    except StoreError as error:
+        if told := _stage(folder, model):
+            raise StoreError(f"{folder.path} {told}") from error
+        raise
+
+
+def _stage(folder: Folder, model: Model) -> str:
+    record, plan = _record(folder, {}), getattr(model, "plan", "")
+    if plan and "kept" in record:
+        return "is recovered already: it has the whole model's sizes. Fuse it as it is."
+    if plan or not record.get("plan") or "kept" in record:
+        return ""
+    return (
+        f"was trained on a pruned model (plan {quoted(record['plan'][:8])}) and has its sizes. Recover it first: "
+        f"retouch fuse recover {folder.path} --plan PLAN --model {model.source} -o FULL"
+    )
+
+
 def _check_manifest(folder: Folder) -> None:
     """A folder with our list of files must be exactly what was saved."""
     if _MANIFEST not in folder.names:
         return
-    folder.json(_MANIFEST, 64 * KIB)  # within limits, before the core reads it whole
+    for name in sorted(folder.names & (_WRITTEN - {TENSORS})):  # within limits, before the core reads it whole
+        folder.check_size(name, _LIMITS.get(name, MAX_RECORD))
+    folder.json(_MANIFEST, _LIMITS[_MANIFEST])
     if extra := sorted(folder.names - _WRITTEN):
         raise StoreError(f"{folder.path / extra[0]} does not belong in an adapter of Retouch. Move it away.")
     store.check_folder(folder.path)
@@ -248,7 +317,7 @@ def _record(folder: Folder, files: Mapping[str, Any]) -> dict[str, Any]:
     n = record.get("n_examples")
     kinds = {"base": str, "plan": str, "notes": dict, "files": dict}
     wrong = [key for key, kind in kinds.items() if not isinstance(record.get(key), kind)]
-    wrong += ["n_examples"] if n is not None and (type(n) is not int or n < 0) else []
+    wrong += ["n_examples"] if n is not None and (type(n) is not int or not 0 <= n <= MAX_EXAMPLES) else []
     if wrong:
         raise StoreError(f"{where} lacks {wrong[0]!r} or holds something else there. Copy the folder again.")
     for name, file in files.items():
@@ -257,6 +326,19 @@ def _record(folder: Folder, files: Mapping[str, Any]) -> dict[str, Any]:
                 f"{folder.path / name} has other content than {RECORD} says (its hash differs). Copy the folder again."
             )
     return record
+
+
+def _kept(folder: Folder, record: Mapping[str, Any], places: Mapping[str, Place]) -> dict[str, Kept]:
+    if "kept" not in record:
+        return {}
+    shapes = {weight: (place.left.shape[0], place.right.shape[1]) for weight, place in places.items()}
+    return unpacked(record["kept"], shapes, str(folder.path / RECORD))
+
+
+def _seen(record: Mapping[str, Any], kept: Mapping[str, Kept]) -> dict[str, Any]:
+    """Say which axis of a weight was pruned and how much of it stayed; that nothing was is known too."""
+    told = {weight: [k.axis, len(k.index)] for weight, k in kept.items()}
+    return {"kept": told} if "kept" in record else {}
 
 
 def _digest(file: Any) -> str:

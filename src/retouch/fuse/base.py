@@ -73,6 +73,10 @@ class Question:
 # ---------------------------------------------------------------- adapters
 
 
+MAX_EXAMPLES = 10**12
+"""No edge counts more; whoever says so wants the whole weight of a fusion."""
+
+
 @dataclass(frozen=True)
 class Kept:
     """The rows or columns of a weight that an adapter's edge could see; all others are structural zeros.
@@ -158,7 +162,7 @@ def shares(
 
     Raises:
         UserError: There is no adapter, a weight is missing, negative or not finite, all are zero, or an adapter does
-            not say how many examples trained it.
+            not say how many examples trained it, or more than there can be.
     """
     import math
 
@@ -167,6 +171,10 @@ def shares(
     if weights == "examples":
         if silent := [a.name for a in adapters if not a.n_examples]:
             raise UserError(f"The adapter {silent[0]} does not say how many examples trained it; give weights.")
+        if false := [a.name for a in adapters if (a.n_examples or 0) > MAX_EXAMPLES]:
+            raise UserError(
+                f"The adapter {false[0]} says that over {MAX_EXAMPLES:,} examples trained it, which no edge has; give weights."
+            )
         weights = [float(a.n_examples or 0) for a in adapters]
     numbers = [1.0] * len(adapters) if weights is None else [float(w) for w in weights]
     if len(numbers) != len(adapters):
@@ -292,6 +300,16 @@ class FuseMethod(Settings, ABC):
     def takes_entries(self) -> bool:
         """Whether the rule looks at single entries of the weight, so that a resolver of entries may stand before it."""
         return False
+
+    def out_rank(self, ranks: Sequence[int], shape: tuple[int, int], resolver: Resolver | None = None) -> int:
+        """Return the rank that one weight's fused difference has at most, known before anything is fused.
+
+        Args:
+            ranks: Of each adapter's difference; 0 where an adapter does not change the weight.
+            shape: Outputs and inputs of the weight.
+            resolver: What is to stand before the method.
+        """
+        return min(sum(ranks), *shape)
 
     def weigh(
         self, adapters: Sequence[Adapter], weights: Sequence[float], ground: Ground | None

@@ -48,7 +48,8 @@ class Bounded(Cat):
     Known problems:
         It chooses on selection, so it proves nothing; that is the certificate's work. Where no weights keep the bounds
         it says so and gives those that exceed them least. The weights set the scale too, so `lam` is not tuned. All
-        factors are in memory at once.
+        factors are in memory at once. ``per=module`` has as many weights as matrices times adapters and so fits the
+        selection questions more closely; ask more of them, and let the certificate judge.
 
     Shapes:
         A step costs a forward and a backward pass over the questions' prompts, and the ranks of all adapters.
@@ -71,6 +72,9 @@ class Bounded(Cat):
     price_step: float = setting(0.5, "How far one nat of harm too many raises a multiplier in a step.", gt=0)
     box: float = setting(1.5, "Largest size of a weight.", gt=0)
     n_questions: int = setting(64, "Selection questions of each domain at most.", ge=1)
+    per: Literal["adapter", "module"] = setting(
+        "adapter", "One weight an adapter, or one for each adapter in every matrix of the model."
+    )
 
     averages: ClassVar[bool] = False
     resolvable: ClassVar[bool] = False
@@ -90,7 +94,10 @@ class Bounded(Cat):
         assert ground is not None
         mixture = Mixture(adapters, ground, self.n_questions, self.seed)
         against = _References(mixture, [a.name for a in adapters], self.reference)
-        start, limits, prices = list(weights), [self.harm] * len(mixture.domains), [0.0] * len(mixture.domains)
+        limits, prices = [self.harm] * len(mixture.domains), [0.0] * len(mixture.domains)
+        start = torch.tensor(weights, dtype=torch.float64)
+        if self.per == "module":
+            start = start.expand(len(mixture.modules), -1)
         rounds: list[_Round] = []
         for _ in range(self.n_rounds):
             report("weighing adapters", len(rounds), self.n_rounds)
@@ -100,7 +107,7 @@ class Bounded(Cat):
                 break
             limits = [limit / 2 if too_much else limit for limit, too_much in zip(limits, lost)]
             if rounds[-1].exceeded:  # stuck where every small step harms: begin nearer the base, at the price learnt
-                start, prices = [w / 4 for w in start], list(rounds[-1].prices)
+                start, prices = start / 4, list(rounds[-1].prices)
         chosen = min(rounds, key=lambda r: max(self.max_drop / 2, *r.best.drops))  # of equals the first: the loosest
         holds = max(chosen.best.drops) <= self.max_drop / 2
         if not holds:
@@ -109,14 +116,19 @@ class Bounded(Cat):
                 "the nearest lose %.3g on %s. Certify the result before using it.",
                 self.max_drop / 2, *max(zip(chosen.best.drops, mixture.domains)),
             )  # fmt: skip
-        return chosen.best.weights, {"weighing": self._told(mixture, against, chosen, len(rounds), holds)}
+        told: dict[str, Any] = {"weighing": self._told(mixture, against, chosen, len(rounds), holds)}
+        found = chosen.best.weights
+        if found.dim() == 1:
+            return found.tolist(), told
+        told["weights_of"] = dict(zip(mixture.modules, found.tolist()))
+        return found.mean(0).tolist(), told
 
     def _round(
-        self, mixture: Mixture, against: _References, start: Sequence[float], limits: Sequence[float],
+        self, mixture: Mixture, against: _References, start: Tensor, limits: Sequence[float],
         values: Sequence[float],
     ) -> _Round:  # fmt: skip
         """Go down by Adam while the multipliers go up; return the best point on the way."""
-        w = torch.tensor([min(self.box, x) for x in start], dtype=torch.float64, requires_grad=True)
+        w = start.clamp(max=self.box).clone().requires_grad_(True)
         optimizer = torch.optim.Adam([w], lr=self.learning_rate)
         prices = [Multiplier(limit, self.price_step, value) for limit, value in zip(limits, values)]
         share, n = 1 / mixture.sizes, len(mixture.domain)
@@ -156,11 +168,11 @@ class Bounded(Cat):
         }  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Point:
     """Weights, and what they do to each domain."""
 
-    weights: tuple[float, ...]
+    weights: Tensor
     entropy: float
     harms: tuple[float, ...]
     drops: tuple[float, ...]
@@ -170,7 +182,7 @@ class _Point:
         return max(0.0, *(h - limit for h, limit in zip(self.harms, limits))), self.entropy
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Round:
     best: _Point
     limits: tuple[float, ...]
@@ -213,4 +225,4 @@ class _References:
         harms = self.mixture.mean(self.harm(torch.arange(len(self.likely)), asked.likely)).tolist()
         drops = [self.mixture.mean(r.float() - asked.right.float()) for r in (self.right, self.base.right)]
         worse = torch.maximum(*drops).tolist()
-        return _Point(tuple(weights.detach().tolist()), asked.cross_entropy, tuple(harms), tuple(worse))
+        return _Point(weights.detach().clone(), asked.cross_entropy, tuple(harms), tuple(worse))

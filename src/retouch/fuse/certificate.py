@@ -6,7 +6,8 @@ The questions are asked one by one, each once, and none of them has chosen a sca
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,10 @@ from numpy.typing import NDArray
 
 from .. import store
 from ..bound import Certificate, certify, needed
-from ..errors import BoundRefused, UserError
+from ..errors import BoundRefused, StoreError, UserError
 from ..report import Table
 
-__all__ = ["DomainProof", "Proof", "attempt", "prove"]
+__all__ = ["DomainProof", "Proof", "Single", "attempt", "prove"]
 
 Right = NDArray[np.bool_]
 
@@ -52,6 +53,27 @@ class DomainProof:
 
 
 @dataclass(frozen=True)
+class Single:
+    """One adapter alone on one domain's selection questions.
+
+    Attributes:
+        domain: The domain.
+        adapter: The adapter's name.
+        right: Share of the questions that it answers rightly.
+        likelihood: Mean log-likelihood of the right answers.
+        n: How many questions it was asked.
+        best: Whether the domain is compared with it.
+    """
+
+    domain: str
+    adapter: str
+    right: float
+    likelihood: float
+    n: int
+    best: bool
+
+
+@dataclass(frozen=True)
 class Proof:
     """All domains against all references, together at the confidence 1 - delta.
 
@@ -60,12 +82,14 @@ class Proof:
         delta: Probability that any bound is too low.
         attempt: How often these questions have been asked for a certificate, this time included.
         domains: One proof for each domain and reference.
+        singles: How the single adapters among the references were chosen; empty where there was no choice.
     """
 
     limit: float
     delta: float
     attempt: int
     domains: tuple[DomainProof, ...]
+    singles: tuple[Single, ...] = ()
 
     @property
     def holds(self) -> bool:
@@ -80,6 +104,7 @@ class Proof:
             "attempt": self.attempt,
             "holds": self.holds,
             "domains": [d.to_dict() for d in self.domains],
+            "singles": [asdict(s) for s in self.singles],
         }
 
     def table(self) -> Table:
@@ -94,6 +119,17 @@ class Proof:
             f"All bounds hold together with {1 - self.delta:.0%} confidence for questions drawn like these, and for "
             f"no others. Attempt {self.attempt} on these questions.",
         )  # fmt: skip
+
+    def tables(self) -> list[Table]:
+        """Return it for people, with how the references were chosen."""
+        if not self.singles:
+            return [self.table()]
+        rows = tuple((s.domain, s.adapter, s.right, s.likelihood, s.n, "yes" if s.best else "no") for s in self.singles)
+        return [self.table(), Table(
+            "Single adapters on selection questions",
+            ("domain", "adapter", "right", "log-likelihood", "n", "compared with"), rows,
+            "A domain is compared with the adapter that answers most of its selection questions rightly.",
+        )]  # fmt: skip
 
     def require(self) -> None:
         """Refuse to go on unless every bound is within the limit.
@@ -162,21 +198,34 @@ def prove(
     return Proof(float(limit), delta, attempt, tuple(found))
 
 
-def attempt(questions: Sequence[str]) -> int:
-    """Count one more attempt on these questions, and return its number, from 1.
+def attempt(*splits: Sequence[str]) -> int:
+    """Count one more attempt on these test questions, and return its number, from 1.
 
-    The count stands in the cache under the hash of the questions' keys; it survives the process.
+    Every domain's test split has its own count, whichever of its questions are asked: neither fewer questions nor
+    another set of domains begins anew. Counts stand in the cache under the hash of the split's keys; they survive the
+    process, and of attempts at one time each gets its own.
 
     Args:
-        questions: Keys of all questions that certify.
+        *splits: Keys of all test questions of each domain.
+
+    Raises:
+        UserError: A count in the cache cannot be read.
     """
-    place = store.cache_dir() / "fuse" / "attempts" / f"{store.key(questions=sorted(questions))[:24]}.json"
+    return max(_counted(store.cache_dir() / "fuse" / "attempts" / store.key(split=sorted(s))[:24]) for s in splits)
+
+
+def _counted(place: Path) -> int:
     place.parent.mkdir(parents=True, exist_ok=True)
-    count = 1
-    if place.is_file():
-        try:
-            count = int(store.read_json(place)["attempts"]) + 1
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{place} does not hold a count of attempts. Remove it to begin anew.") from error
-    store.write_json_atomic(place, {"attempts": count})
+    with store.writing(place) as folder:  # one at a time
+        count = _count(place) + 1
+        store.write_json_atomic(folder / "attempts.json", {"attempts": count})
     return count
+
+
+def _count(place: Path) -> int:
+    if not place.is_dir():
+        return 0
+    try:
+        return int(store.read_json(place / "attempts.json")["attempts"])
+    except (KeyError, TypeError, ValueError, StoreError) as error:
+        raise UserError(f"{place} does not hold a count of attempts. Remove it to begin anew.") from error

@@ -1,7 +1,8 @@
 """The edge's Flower app: it moves records between messages and `edge`, and knows nothing else.
 
 Where the private examples are stands in the node's own configuration (``--node-config``), or in a simulation in a file
-that the simulating process names; a message never says a path.
+that the simulating process names; a message never says a path. A node that `deployment.join` has started runs this program
+for every run, whatever program the run carries (`_supernode`).
 """
 
 from __future__ import annotations

@@ -6,36 +6,41 @@ finished lies in the run's folder and its journal, so that the same run started 
 
 from __future__ import annotations
 
-import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from .. import store
 from ..errors import RetouchError, StoreError, UserError
 from ..model import Model
 from ._factors import shapes_of
 from ._inputs import Inputs, Text
+from ._lora import targets_of
+from ._quantised import dequantised
+from ._receipt import check_facts, check_size
 from ._scores import NEEDS_INPUTS
 from ._units import dense_blocks, units_of
 from .adapter_file import check_tensors, open_adapter, ranks_of, weight_norms, write_adapter
 from .align import aligned
 from .base import Adapter
-from .edge import FACTS, Capabilities, Task, Upload, check_name, package_name
+from .edge import Capabilities, Task, Upload, check_name, package_name
 from .journal import Entry, Journal
 from .memory import Load
 from .merging import merge_to_folder
+from .privacy import GUARANTEE
 from .prune import PrunePlan, measured_inputs, plan_prune, save_plan
 from .pruned import open_pruned, save_pruned
 from .recover import recover, restricted
-from .runs import Run
+from .runs import Run, check_run, refused_edges
 from .train import LoraSettings, initial_a
 
 __all__ = ["Assignment", "Cloud", "Outcome"]
 
-_GUARANTEE = {"privacy": str, "epsilon": float, "delta": float, "max_norm": float, "noise": float, "unit": str}
 _log = logging.getLogger("retouch")
 
 
@@ -93,9 +98,14 @@ class Outcome:
 
 
 class Cloud:
-    """One run of one model, in one folder."""
+    """One run of one model, in one folder.
+
+    Raises:
+        UserError: Its fusion needs what a cloud of edges does not have; the folder is inside a saved one.
+    """
 
     def __init__(self, model: Model, run: Run, folder: str | Path) -> None:
+        check_run(run)
         store.refuse_inside(folder)
         self.model, self.run, self.folder = model, run, Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -103,6 +113,7 @@ class Cloud:
         self.assignments: dict[str, Assignment] = {}
         self.resumed: list[str] = []
         self.why: dict[str, str] = {}
+        self.unfit: dict[str, str] = {}
         self._plans: dict[str, PrunePlan] = {}
         self._moments: dict[str, Inputs] | None = None
 
@@ -111,46 +122,97 @@ class Cloud:
     def assign(self, edges: Sequence[Capabilities]) -> list[Assignment]:
         """Give each edge a plan and a task; edges of an earlier start of this run keep their place.
 
+        An edge that asks for what cannot be is journalled as refused and left out; the quorum decides about the rest.
+
         Returns:
             One for each edge of the run, those included that are not there now.
 
         Raises:
-            UserError: Two edges have one name, or an edge's budget cannot be met.
+            UserError: Two edges have one name, or so many are refused that too few are left.
         """
         names = [check_name(e.name) for e in edges]
         if twice := next((n for n in names if names.count(n) > 1), None):
             raise UserError(f"Two edges are called {twice!r}; their adapters could not be told apart. Rename one.")
-        roster = self._enrolled(edges)
-        self.assignments = {}
-        for name, (number, edge) in sorted(roster.items()):
-            self.assignments[name] = self._assigned(edge, number, len(roster))
+        known = self._roster()
+        asked = {name: edge for name, (_, edge) in known.items()} | {e.name: e for e in edges}
+        self.unfit = refused_edges(self.run, list(asked.values()))
+        numbers = {name: number for name, (number, _) in known.items()}
+        plans = {name: plan for name in sorted(asked) if (plan := self._planned(asked[name])) is not None}
+        for name in plans:
+            numbers.setdefault(name, max(numbers.values(), default=-1) + 1)
+        n_edges = max(numbers.values(), default=-1) + 1
+        starts = {name: self._start(asked[name], plan, numbers[name], n_edges) for name, plan in plans.items()}
+        fit = {name: start for name, start in starts.items() if start is not None}
+        self._require_enough(len(fit))
+        self._enrol(known | {name: (numbers[name], asked[name]) for name in fit})
+        self.assignments = {name: self._assigned(name, plans[name], *start) for name, start in fit.items()}
+        for name, why in self.unfit.items():
+            self._reject(name, why)
         self.resumed = [name for name, a in self.assignments.items() if a.finished]
         return list(self.assignments.values())
 
-    def _enrolled(self, edges: Sequence[Capabilities]) -> dict[str, tuple[int, Capabilities]]:
-        """Number the edges of the run; a number stays with its edge, since seeds follow from it."""
+    def _roster(self) -> dict[str, tuple[int, Capabilities]]:
+        """Read the edges of earlier starts; a number stays with its edge, since seeds follow from it."""
         path = self.folder / "edges.json"
         known: dict[str, dict[str, Any]] = store.read_json(path) if path.is_file() else {}
-        for edge in sorted(edges, key=lambda e: e.name):
-            number = known[edge.name]["number"] if edge.name in known else len(known)
-            ask = {"budget_mib": edge.budget_mib, "ratio": edge.ratio, "rank": edge.rank}
-            known[edge.name] = {"number": number, **ask}
-        store.write_json_atomic(path, known)
         return {
             name: (e["number"], Capabilities(name, e["budget_mib"], e["ratio"], e["rank"])) for name, e in known.items()
         }
 
-    def _assigned(self, edge: Capabilities, number: int, n_edges: int) -> Assignment:
-        lora, run = self.run.lora, self.run
-        lora = replace(lora, rank=edge.rank or lora.rank, seed=lora.seed * 1000 + number)
-        plan = self._plan(edge, lora)
+    def _enrol(self, roster: Mapping[str, tuple[int, Capabilities]]) -> None:
+        plain = {
+            name: {"number": number, "budget_mib": edge.budget_mib, "ratio": edge.ratio, "rank": edge.rank}
+            for name, (number, edge) in roster.items()
+        }
+        store.write_json_atomic(self.folder / "edges.json", plain)
+
+    def _needed(self, n_edges: int) -> int:
+        """Return how many adapters are enough."""
+        return max(self.run.settings.min_edges, math.ceil(self.run.settings.quorum * n_edges - 1e-9))
+
+    def _require_enough(self, n: int) -> None:
+        """Refuse to let edges train where so many were refused that those left can never be enough."""
+        needed = self._needed(n + len(self.unfit))
+        if self.unfit and n < needed:
+            told = "; ".join(self.unfit.values())
+            raise UserError(f"{n} of {n + len(self.unfit)} edges can take part, and {needed} are needed. {told}")
+
+    def _lora(self, edge: Capabilities) -> LoraSettings:
+        return replace(self.run.lora, rank=edge.rank or self.run.lora.rank)
+
+    def _planned(self, edge: Capabilities) -> PrunePlan | None:
+        """Plan for an edge; one whose wishes cannot be met is noted as unfit."""
+        if edge.name in self.unfit:
+            return None
+        try:
+            targets_of(self.model, self._lora(edge))
+            return self._plan(edge, self._lora(edge))
+        except UserError as error:
+            self.unfit[edge.name] = f"The edge {edge.name}: {error}"
+            return None
+
+    def _start(
+        self, edge: Capabilities, plan: PrunePlan, number: int, n_edges: int
+    ) -> tuple[LoraSettings, dict[str, Tensor]] | None:
+        """Draw where an edge's A begins; an edge for which that cannot be done is noted as unfit."""
+        lora = self._lora(edge)
+        lora = replace(lora, seed=lora.seed * 1000 + number)
+        try:
+            return lora, initial_a(self.model, plan, lora, edge=number, n_edges=n_edges)
+        except UserError as error:
+            self.unfit[edge.name] = f"The edge {edge.name}: {error}"
+            return None
+
+    def _assigned(self, name: str, plan: PrunePlan, lora: LoraSettings, initial: dict[str, Tensor]) -> Assignment:
+        run = self.run
+        save_plan(plan, self.folder / "plans" / f"{plan.hash[:16]}.json")
         package = self._package(plan)
         task = Task(
-            run.name, plan.hash, self.model.base_fingerprint, package_name(package), lora,
-            initial_a(self.model, plan, lora, edge=number, n_edges=n_edges), run.replay, run.settings.deadline_s,
+            run.name, plan.hash, self.model.base_fingerprint, package_name(package), lora, initial, run.replay,
+            run.settings.deadline_s,
         )  # fmt: skip
-        done = self.journal.finished(run.name, edge.name, plan.hash, task.hash)
-        return Assignment(edge.name, plan, task, package, done is not None)
+        done = self.journal.finished(run.name, name, plan.hash, task.hash)
+        return Assignment(name, plan, task, package, done is not None)
 
     def _plan(self, edge: Capabilities, lora: LoraSettings) -> PrunePlan:
         """Plan for an edge; edges that ask for the same share a plan."""
@@ -162,14 +224,10 @@ class Cloud:
         ratio = 0.0 if edge.budget_mib is None and edge.ratio is None else edge.ratio
         key = store.key(budget=edge.budget_mib, ratio=ratio, rank=lora.rank)
         if key not in self._plans:
-            try:
-                self._plans[key] = plan_prune(
-                    self.model, budget_mib=edge.budget_mib, ratio=ratio, score=how.score, align=how.align,
-                    moments=self._inputs() if ratio != 0 else None, text=self._text(), load=load, seed=how.seed,
-                )  # fmt: skip
-            except UserError as error:
-                raise type(error)(f"The edge {edge.name}: {error}") from error
-            save_plan(self._plans[key], self.folder / "plans" / f"{self._plans[key].hash[:16]}.json")
+            self._plans[key] = plan_prune(
+                self.model, budget_mib=edge.budget_mib, ratio=ratio, score=how.score, align=how.align,
+                moments=self._inputs() if ratio != 0 else None, text=self._text(), load=load, seed=how.seed,
+            )  # fmt: skip
         return self._plans[key]
 
     def _text(self) -> Text:
@@ -223,18 +281,23 @@ class Cloud:
         """
         try:
             adapter = self._checked(assignment, upload)
+            write_adapter(
+                self.folder / "adapters" / assignment.name, iter(adapter.parts.items()), ranks_of(adapter), self.model,
+                notes=adapter.notes, plan=adapter.plan, n_examples=adapter.n_examples, kept=adapter.kept,
+            )  # fmt: skip
         except StoreError as error:
             self.refused(assignment, str(error))
             raise
-        place = self.folder / "adapters" / assignment.name
-        write_adapter(
-            place, iter(adapter.parts.items()), ranks_of(adapter), self.model, notes=adapter.notes, plan=adapter.plan,
-            n_examples=adapter.n_examples,
-        )  # fmt: skip
         file = f"adapters/{assignment.name}/adapter_model.safetensors"
-        told = {k: upload.facts[k] for k in upload.facts if k in ("n_examples", "partial", "loss", *_GUARANTEE)}
+        told = {k: upload.facts[k] for k in upload.facts if k in ("n_examples", "partial", "loss", *GUARANTEE)}
         facts = {**told, "bytes": upload.n_bytes, "ratio": assignment.plan.ratio, "rank": assignment.task.settings.rank}
         self._note(assignment, "received", files={file: store.sha256_file(self.folder / file)}, facts=facts)
+
+    def _reject(self, name: str, why: str) -> None:
+        """Journal an edge that has no plan and so no task."""
+        self.why[name] = why
+        _log.warning("%s", why)
+        self.journal.add(Entry(self.run.name, name, "", "", "refused", why=why))
 
     def _note(
         self, assignment: Assignment, state: str, why: str = "", files: Mapping[str, str] | None = None,
@@ -248,9 +311,10 @@ class Cloud:
 
     def _checked(self, assignment: Assignment, upload: Upload) -> Adapter:
         task, facts, where = assignment.task, upload.facts, f"the answer from {assignment.name}"
-        _check_facts(facts, task, where)
+        check_facts(facts, task, where, counted=self.run.settings.weights == "examples")
         small = open_pruned(assignment.package, device="cpu")
-        tensors = dict(upload.tensors)
+        check_size(upload, task, shapes_of(small), where)
+        tensors = dequantised(upload.tensors, where)
         if task.settings.freeze_a:
             if odd := [n for n in tensors if not n.endswith(".lora_B")]:
                 raise StoreError(f"{where}: it holds {odd[0][:80]!r}, and A was frozen. Do not use it.")
@@ -266,7 +330,7 @@ class Cloud:
         count = facts["n_examples"]
         adapter = Adapter(
             assignment.name, parts, task.base, plan=task.plan, n_examples=int(count) if count.isdecimal() else None,
-            notes={key: value for key, value in facts.items() if key in ("partial", "versions", "loss", *_GUARANTEE)},
+            notes={key: value for key, value in facts.items() if key in ("partial", "versions", "loss", *GUARANTEE)},
         )  # fmt: skip
         return recover(adapter, assignment.plan, self.model)
 
@@ -282,8 +346,9 @@ class Cloud:
         absent = [name for name in self.assignments if name not in here]
         for name in absent:
             self._note(self.assignments[name], "absent")
-        how = self.run.settings
-        n, needed = len(self.assignments), max(how.min_edges, -int(-how.quorum * len(self.assignments) // 1))
+        absent += self.unfit
+        how, n = self.run.settings, len(self.assignments) + len(self.unfit)
+        needed = self._needed(n)
         if len(here) < needed:
             told = "; ".join(f"{name}: {self.why.get(name, 'no answer')}" for name in absent)
             raise RetouchError(
@@ -313,34 +378,3 @@ class Cloud:
             self.assignments[name].plan,
         )
         return recover(restricted(adapter, plan, self.model), plan, self.model)
-
-
-def _check_facts(facts: Mapping[str, Any], task: Task, where: str) -> None:
-    allowed = {*FACTS, "loss", *_GUARANTEE}
-    odd = sorted((set(FACTS) - set(facts)) | (set(facts) - allowed))
-    if odd:
-        what = "lacks" if odd[0] in FACTS else "also holds"
-        raise StoreError(f"{where} {what} {str(odd[0])[:80]!r}. Do not use it; update the edge's software.")
-    n, lists = len(task.initial), {"modules": str, "ranks": int, "alphas": float}
-    for name, kind in lists.items():
-        values = facts[name]
-        if not isinstance(values, list) or len(values) != n or not all(type(v) is kind for v in values):
-            raise StoreError(f"{where}: {name} must be a list of {n} values of type {kind.__name__}. Do not use it.")
-    for name, expected in (("plan", task.plan), ("base", task.base), ("settings", task.hash)):
-        if facts[name] != expected:
-            raise StoreError(
-                f"{where}: its {name} is {str(facts[name])[:12]!r}, and {expected[:12]!r} was asked for. Do not use it."
-            )
-    count, words = facts["n_examples"], facts["versions"]
-    if not isinstance(count, str) or not (
-        count in ("<100", "<1k", "<10k", "more") or (count.isdecimal() and len(count) < 13)
-    ):
-        raise StoreError(f"{where}: its number of examples is {str(count)[:40]!r}. Do not use it.")
-    if not isinstance(words, list) or len(words) > 32 or not all(isinstance(w, str) and len(w) < 100 for w in words):
-        raise StoreError(f"{where}: its list of versions is none. Do not use it.")
-    for name, kind in {"partial": bool, "loss": float, **_GUARANTEE}.items():
-        value = facts.get(name)
-        if name in facts and (type(value) is not kind or len(json.dumps(value)) > 200):
-            raise StoreError(
-                f"{where}: {name} must be of type {kind.__name__}; got {str(value)[:40]!r}. Do not use it."
-            )

@@ -24,6 +24,7 @@ __all__ = [
     "Instance",
     "bundles",
     "composed",
+    "drawn_as",
     "own_domain",
     "read_recipe",
     "shots",
@@ -253,9 +254,7 @@ def read_recipe(path: str | Path, questions: Mapping[str, Sequence[Question]]) -
         StoreError: The file is missing or is not JSON.
         FactError: It is no such file, a question is not at hand, or has other options.
     """
-    found = read_json(path)
-    if not isinstance(found, dict) or found.get("kind") != "composed recipe" or found.get("format") != FORMAT:
-        raise FactError(f"{path} is not a recipe of composed prompts in format {FORMAT}.")
+    found = _recipe(path)
     known = {(q.domain, q.key): q for own in questions.values() for q in own}
     try:
         asked = [(int(row[0]), [(str(d), str(k)) for d, k in row[1:]]) for row in found["instances"]]
@@ -272,6 +271,30 @@ def read_recipe(path: str | Path, questions: Mapping[str, Sequence[Question]]) -
             f"{path}: the questions are there, with other wording or order of options than it was drawn with."
         )
     return instances
+
+
+def drawn_as(path: str | Path) -> dict[str, Any]:
+    """Return the ``seed`` and the ``split`` that a recipe was drawn with; where it does not say, 0 and test.
+
+    Raises:
+        StoreError: The file is missing or is not JSON.
+        FactError: It is no such file, or says something else there.
+    """
+    notes = _recipe(path).get("notes")
+    told = notes if isinstance(notes, dict) else {}
+    seed, split = told.get("seed", 0), told.get("split", "test")
+    if type(seed) is not int or seed < 0 or split not in ("selection", "test"):
+        raise FactError(
+            f"{path} was drawn with the seed {seed!r} from {split!r}; a count, and selection or test, are known."
+        )
+    return {"seed": seed, "split": split}
+
+
+def _recipe(path: str | Path) -> dict[str, Any]:
+    found = read_json(path)
+    if not isinstance(found, dict) or found.get("kind") != "composed recipe" or found.get("format") != FORMAT:
+        raise FactError(f"{path} is not a recipe of composed prompts in format {FORMAT}.")
+    return found
 
 
 def _digest(instances: Sequence[Instance]) -> str:

@@ -20,6 +20,7 @@ from .._plots import plot_heat
 from ..linalg import frobenius_norm
 from ..progress import track
 from .base import Adapter, Module, modules, shares
+from .core import FACTOR_TOLERANCE, triples
 
 __all__ = ["Conflict", "conflict_of", "differences", "level", "measure", "null_level", "report_of"]
 
@@ -39,7 +40,8 @@ class Conflict:
         cosine: Of each pair's differences, (owners, owners).
         output_overlap: Share of the smaller adapter's output space that lies in the other's.
         input_overlap: Likewise of inputs.
-        chance: The overlap that random spaces of these ranks have, outputs and inputs, of each pair.
+        chance: The overlap that random spaces of these ranks have, outputs and inputs, of each pair. Ranks are those of
+            the differences, not of the factors: zeros that fill factors up span nothing.
         norms: Frobenius norm of each difference.
     """
 
@@ -121,12 +123,13 @@ def conflict_of(module: Module, draws: int = 4, seed: int = 0, block: int = BLOC
         block: Numbers of one difference in memory at once.
     """
     found, null = _levels(module, draws, seed, block)
-    left = [torch.linalg.qr(p.left.double())[0] for p in module.parts]
-    right = [torch.linalg.qr(p.right.double().T)[0] for p in module.parts]
+    spaces = [triples(p, FACTOR_TOLERANCE) for p in module.parts]  # what the differences span, however they are cut
+    ranks = torch.tensor([len(s) for _, s, _ in spaces], dtype=torch.float64)
     outputs, inputs = module.shape
     return Conflict(
         module.name, module.owners, found, null, _cosine(module),
-        _overlap(left), _overlap(right), (_by_chance(module, outputs), _by_chance(module, inputs)),
+        _overlap([u for u, _, _ in spaces]), _overlap([v.T for _, _, v in spaces]),
+        (_by_chance(ranks, outputs), _by_chance(ranks, inputs)),
         tuple(frobenius_norm(p.left, p.right) for p in module.parts),
     )  # fmt: skip
 
@@ -144,12 +147,12 @@ def _cosine(module: Module) -> Tensor:
 
 
 def _overlap(bases: Sequence[Tensor]) -> Tensor:
-    rows = [[float((a.T @ b).square().sum()) / min(a.shape[1], b.shape[1]) for b in bases] for a in bases]
+    """Compare orthonormal bases; a difference of zero has an empty one and overlaps with nothing."""
+    rows = [[float((a.T @ b).square().sum()) / max(1, min(a.shape[1], b.shape[1])) for b in bases] for a in bases]
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def _by_chance(module: Module, width: int) -> Tensor:
-    ranks = torch.tensor([p.rank for p in module.parts], dtype=torch.float64)
+def _by_chance(ranks: Tensor, width: int) -> Tensor:
     return (torch.maximum(ranks[:, None], ranks[None, :]) / width).clamp_max(1)
 
 
@@ -164,17 +167,26 @@ def measure(
     Raises:
         UserError: The adapters do not belong together.
     """
-    found = track(list(modules(adapters, shares(adapters, weights))), "Measuring conflict")
+    total = len({name for adapter in adapters for name in adapter.parts})
+    found = track(modules(adapters, shares(adapters, weights)), "Measuring conflict", total)
     return tuple(conflict_of(m, draws, seed) for m in found if len(m.parts) > 1)
 
 
-def report_of(found: Sequence[Conflict], names: Sequence[str], model: str, *, top: int = 10) -> report.Report:
+def report_of(
+    found: Sequence[Conflict],
+    names: Sequence[str],
+    model: str,
+    *,
+    weights: Sequence[float] | None = None,
+    top: int = 10,
+) -> report.Report:
     """Say where adapters contradict each other: a heat map, pairs, the worst weights, and a sentence.
 
     Args:
         found: What `measure` returned.
         names: The adapters' names.
         model: The base's name.
+        weights: The adapters' shares of the fusion, to be shown: one that counts many examples owns it.
         top: Weights in the table.
     """
     worst = sorted(found, key=lambda c: -c.scaled)
@@ -187,11 +199,16 @@ def report_of(found: Sequence[Conflict], names: Sequence[str], model: str, *, to
             "the excess says something.",
         ),
         _pairs(found, names),
+        *([] if weights is None else [_told(names, weights)]),
     )  # fmt: skip
     pictures = (_heat(found),) if found else ()
     return report.Report(
         "Conflict among adapters", _sentence(found, names), model, tables, pictures, numbers=_numbers(found, names)
     )
+
+
+def _told(names: Sequence[str], weights: Sequence[float]) -> report.Table:
+    return report.Table("Shares of the fusion", ("adapter", "share"), tuple(zip(names, weights)))
 
 
 def _shares(c: Conflict, names: Sequence[str]) -> list[float | None]:

@@ -57,7 +57,7 @@ class CRSign(Resolver):
         "null", "The dispute from which masking begins: the weight's chance level, or 0."
     )
     flipped: bool = setting(False, "A control: mask the majority instead.")
-    random: bool = setting(False, "A control: mask as many entries at random.")
+    random: bool = setting(False, "A control: the same masks, at entries of the same row drawn at random.")
 
     def resolve(self, core: Core, module: Module) -> Core:
         """Return the core with outvoted coordinates lessened."""
@@ -109,12 +109,23 @@ class CRSign(Resolver):
         loses = (x.sign() != (above - below).sign()) & (x != 0)
         if self.flipped:
             loses = ~loses & (x != 0)
+        taken = beta * gate * loses
         if self.random:
-            share = loses.double().mean()
             each = [draws(self.seed, name, str(i), row, x.shape[1], x.shape[2]) for i in range(len(x))]
-            loses = torch.stack(each) < share
-        mask: Tensor = 1 - beta * gate * loses
+            taken = _shuffled(taken, x != 0, torch.stack(each))
+        mask: Tensor = 1 - taken
         return mask
+
+
+def _shuffled(values: Tensor, seen: Tensor, numbers: Tensor) -> Tensor:
+    """Deal each row's values anew to those of its entries that are not structural zeros, in the order of random numbers.
+
+    Shapes:
+        all: (adapters, rows, inputs).
+    """
+    dealt = values.gather(2, seen.int().argsort(dim=2, descending=True, stable=True))
+    places = torch.where(seen, numbers, 2.0).argsort(dim=2, stable=True)  # numbers lie below 1
+    return torch.zeros_like(values).scatter(2, places, dealt)
 
 
 def _restored(before: Tensor, after: Tensor) -> Tensor:

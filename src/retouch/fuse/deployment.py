@@ -9,53 +9,32 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .. import __version__, store
-from ..errors import RetouchError, UserError
+from .. import store
+from ..errors import RetouchError, UserError, unknown
+from ._app import write_app
 from ._processes import Program, Programs, executable
 from .cloud import Outcome
 from .edge import EdgeSpec, Sharing, check_name
-from .runs import Run, save_run
+from .roster import Known, Roster, key_of
+from .runs import Run, check_run, save_run
 
 __all__ = [
-    "Connection", "environment", "free_port", "join", "outcome_of", "register", "serve", "simulate_by_flower", "submit",
+    "Connection", "environment", "free_port", "join", "node_of", "outcome_of", "register", "revoke", "serve", "submit",
 ]  # fmt: skip
 
 CONNECTION = "retouch"
 _READY_S = 120.0
 _END_S = 60.0
-_PYPROJECT = """[project]
-name = "retouch-edges"
-version = "{version}"
-description = "Edges and cloud of retouch fuse."
-license = "Apache-2.0"
-dependencies = []
-
-[tool.flwr.app]
-publisher = "retouch"
-
-[tool.flwr.app.components]
-serverapp = "retouch_edges:server"
-clientapp = "retouch_edges:client"
-
-[tool.flwr.app.config]
-retouch-folder = ""
-"""
-_MODULE = '''"""The app that a run carries: it only names what is installed everywhere."""
-
-from retouch.fuse.client_app import app as client
-from retouch.fuse.server_app import app as server
-
-__all__ = ["client", "server"]
-'''
 
 
 @dataclass(frozen=True)
@@ -106,10 +85,13 @@ def serve(
 ) -> tuple[Program, Connection]:  # fmt: skip
     """Start a SuperLink and wait until it answers.
 
+    From other machines it answers registered edges alone. Whoever can open connections from this machine, or whose
+    connections a program on it forwards, may let edges in and start any program here: keep others' accounts off it.
+
     Args:
         programs: What stops it.
         folder: For its log, its database and Flower's own files.
-        host: Address to listen on.
+        host: Address to listen on for edges; it listens on 127.0.0.1 in any case.
         port: Port to listen on.
         keys: The folder ``cloud`` of `make_keys`; edges must then be registered. None is unencrypted and open to all
             who reach the port, so it is allowed on this machine's own address alone.
@@ -126,7 +108,7 @@ def serve(
         raise UserError(
             f"Serving on {host} without keys would let anybody join and read. Make keys: retouch fuse keys."
         )
-    command = [executable("flower-superlink"), "--host", host, "--port", str(port),
+    command = [sys.executable, "-m", "retouch.fuse._superlink", host, "--host", "127.0.0.1", "--port", str(port),
                "--disable-runtime-dependency-installation"]  # fmt: skip
     if keys is None:
         command.append("--insecure")
@@ -137,12 +119,26 @@ def serve(
     command += ["--simulation"] if simulation else ["--database", str(folder / "superlink.db")]
     home = folder / "flower"
     home.mkdir(parents=True, exist_ok=True)
+    fresh = not (folder / "superlink.db").exists()
     program = programs.start("The SuperLink", command, environment(home, more), folder / "superlink.log")
-    reached = "127.0.0.1" if host in ("0.0.0.0", "::") else host
-    program.wait_until(lambda: _listens(reached, port), _READY_S, f"listening on {host}:{port}")
-    connection = Connection(f"{reached}:{port}", home, None if keys is None else Path(keys) / "ca.pem")
+    program.wait_until(lambda: _listens("127.0.0.1", port), _READY_S, f"listening on {host}:{port}")
+    connection = Connection(f"127.0.0.1:{port}", home, None if keys is None else Path(keys) / "ca.pem")
     _configure(connection)
+    if keys is not None:
+        _began(connection, fresh)
     return program, connection
+
+
+def _began(connection: Connection, fresh: bool) -> None:
+    """Note where the SuperLink listens, and turn away who was revoked while none ran."""
+    roster = Roster(connection.home)
+    roster.address, roster.ca = connection.address, str(connection.ca and connection.ca.absolute())
+    if fresh:  # a new database knows nobody
+        roster.known = [replace(entry, node=None) for entry in roster.known]
+    roster.save()
+    for entry in roster.known:
+        if entry.state == "revoked" and entry.node is not None:
+            _unregister(connection, roster, entry)
 
 
 def _file(folder: Path, name: str) -> Path:
@@ -172,20 +168,78 @@ def _configure(connection: Connection) -> None:
     (connection.home / "config.toml").write_text(text, encoding="utf-8")
 
 
-def register(connection: Connection, public_key: str | Path) -> None:
-    """Allow the edge of a public key to join.
+def register(connection: Connection, public_key: str | Path) -> bool:
+    """Allow the edge of a public key to join; one that was allowed before stays so.
+
+    Returns:
+        Whether it may join; False if its key was revoked, which nothing undoes.
 
     Raises:
+        StoreError: The file is no public key.
         RetouchError: The SuperLink has refused it, or cannot be reached.
     """
+    roster, (name, key) = Roster(connection.home), key_of(public_key)
+    known = roster.find(key)
+    if known is not None and known.state == "revoked":
+        return False
+    if known is None or known.node is None:
+        text = _asked(connection, "register", str(public_key), name)
+        number = re.search(r'"node-id":\s*"?(\d+)', text)
+        if number is None:
+            raise RetouchError(f"{public_key} was registered at {connection.address} without a number:\n{text[-500:]}")
+        roster.put(Known(name, key, node=int(number[1])))
+    return True
+
+
+def revoke(connection: Connection, name: str, public_key: str | Path | None = None) -> bool:
+    """Take an edge's key away for good: at a SuperLink that runs now, else when it is started again.
+
+    Args:
+        connection: Its ``home`` is that of the SuperLink; the address is taken from the record there.
+        name: Of the edge.
+        public_key: One that was never registered and never may be.
+
+    Returns:
+        Whether a running SuperLink was told.
+
+    Raises:
+        UnknownName: No edge of that name was ever let in, and no key is given.
+        RetouchError: The SuperLink runs and has refused.
+    """
+    roster = Roster(connection.home)
+    if public_key is not None and roster.find(key := key_of(public_key)[1]) is None:
+        roster.put(Known(name, key))
+    own = roster.of(name)
+    if not own:
+        raise unknown("edge", name, sorted({e.name for e in roster.known}))
+    for entry in own:
+        roster.put(replace(entry, state="revoked"))
+    host, _, port = roster.address.rpartition(":")
+    if not host or not _listens(host, int(port)):
+        return False
+    there = Connection(roster.address, connection.home, Path(roster.ca))
+    for entry in roster.of(name):
+        if entry.node is not None:
+            _unregister(there, roster, entry)
+    return True
+
+
+def _unregister(connection: Connection, roster: Roster, entry: Known) -> None:
+    _asked(connection, "unregister", str(entry.node), entry.name)
+    roster.put(replace(entry, node=None))
+
+
+def _asked(connection: Connection, what: str, argument: str, name: str) -> str:
+    """Let Flower change the list of nodes, and return what it said."""
     _configure(connection)
-    command = ["supernode", "register", str(public_key), CONNECTION, "--format", "json"]
+    command = [executable("flwr"), "supernode", what, argument, CONNECTION, "--format", "json"]
     with Programs() as programs:
-        log = connection.home / f"register-{Path(public_key).absolute().parent.name}.log"
+        log = connection.home / f"{what}-{name}.log"
         log.unlink(missing_ok=True)
-        program = programs.start("Registering", [executable("flwr"), *command], environment(connection.home), log)
+        program = programs.start("The list of edges", command, environment(connection.home), log)
         if program.process.wait(_READY_S) != 0 or '"success": false' in program.tail(40):
-            raise RetouchError(f"{public_key} could not be registered at {connection.address}:\n{program.tail()}")
+            raise RetouchError(f"{what} {name} has failed at {connection.address}:\n{program.tail()}")
+        return program.tail(40)
 
 
 # ---------------------------------------------------------------- an edge
@@ -195,7 +249,7 @@ def join(
     programs: Programs, connection: Connection, spec: EdgeSpec, folder: str | Path, *, keys: Path | None = None,
     port: int | None = None, sharing: Sharing | None = None, more: Mapping[str, str] | None = None,
 ) -> Program:  # fmt: skip
-    """Start an edge's SuperNode; it does tasks until it is stopped.
+    """Start an edge's SuperNode; it does tasks until it is stopped, by the program that is installed here and no other.
 
     Args:
         programs: What stops it.
@@ -212,20 +266,21 @@ def join(
     """
     _require()
     check_name(spec.name)
-    command = [executable("flower-supernode"), "--superlink", connection.address, "--port", str(port or free_port())]
+    command = [sys.executable, "-m", "retouch.fuse._supernode", "--superlink", connection.address]
+    command += ["--port", str(port or free_port())]
     if keys is None:
         command.append("--insecure")
     else:
         files = {"root-certificates": "ca.pem", "auth-supernode-private-key": "node.key", "ssl-certfile": "runtime.pem",
                  "ssl-keyfile": "runtime.key", "ssl-ca-certfile": "ca.pem"}  # fmt: skip
         command += [word for flag, name in files.items() for word in (f"--{flag}", str(_file(keys, name)))]
-    command += ["--node-config", " ".join(f"{k}={_toml(v)}" for k, v in _node(spec, sharing or Sharing()).items())]
+    command += ["--node-config", " ".join(f"{k}={_toml(v)}" for k, v in node_of(spec, sharing or Sharing()).items())]
     connection.home.mkdir(parents=True, exist_ok=True)
     log = Path(folder) / f"supernode-{spec.name}.log"
     return programs.start(f"The SuperNode of {spec.name}", command, environment(connection.home, more), log)
 
 
-def _node(spec: EdgeSpec, sharing: Sharing) -> dict[str, Any]:
+def node_of(spec: EdgeSpec, sharing: Sharing) -> dict[str, Any]:
     """Write an edge as a node's configuration."""
     known = {"domain": spec.name, "data": str(Path(spec.examples).absolute()), "budget_mib": spec.budget_mib,
              "ratio": spec.ratio, "rank": spec.rank}  # fmt: skip
@@ -259,15 +314,17 @@ def submit(
         timeout_s: When to give up; by default a while after the run's own deadlines.
 
     Raises:
+        UserError: The fusion needs what a cloud of edges does not have.
         RetouchError: Too few edges have answered, or the run could not be started.
     """
     _require()
+    check_run(run)
     out = Path(out).absolute()
     save_run(run, model if not Path(model).exists() else str(Path(model).absolute()), out)
     for name in ("result.json", "error.json"):
         (out / name).unlink(missing_ok=True)
     _configure(connection)
-    command = [executable("flwr"), "run", str(_app(out)), CONNECTION, "--stream"]
+    command = [executable("flwr"), "run", str(write_app(out / "app")), CONNECTION, "--stream"]
     command += ["--run-config", f"retouch-folder={_toml(str(out))}"]
     command += ["--federation-config", federation] if federation else []
     how = run.settings
@@ -305,42 +362,3 @@ def outcome_of(out: Path) -> Outcome:
     plain = store.read_json(out / "result.json")
     lists = {name: tuple(plain[name]) for name in ("edges", "absent", "partial", "resumed")}
     return Outcome(Path(plain["fused"]), **lists, why=plain["why"], facts=plain["facts"])
-
-
-def _app(out: Path) -> Path:
-    folder = out / "app"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "pyproject.toml").write_text(_PYPROJECT.format(version=__version__), encoding="utf-8")
-    (folder / "retouch_edges.py").write_text(_MODULE, encoding="utf-8")
-    return folder
-
-
-# ---------------------------------------------------------------- a simulation
-
-
-def simulate_by_flower(model: str, edges: Sequence[EdgeSpec], run: Run, out: Path, sharing: Sharing) -> Outcome:
-    """Start a SuperLink that simulates the edges, carry out the run there, and stop it.
-
-    Raises:
-        RetouchError: As `submit`.
-    """
-    from .client_app import EDGES, THREADS
-
-    n = len(edges)
-    out = out.absolute()
-    out.mkdir(parents=True, exist_ok=True)
-    store.write_json_atomic(out / "nodes.json", [_node(e, sharing) for e in edges])
-    more = {EDGES: str(out / "nodes.json"), THREADS: str(_threads())}
-    if importlib.util.find_spec("ray") is None:
-        raise UserError("ray is not installed; simulating through Flower needs it: pip install 'retouch[edges]'.")
-    with Programs() as programs:
-        _, connection = serve(programs, out / "superlink", port=free_port(), simulation=True, more=more)
-        all_here = replace(run, shared_cache=True, settings=replace(run.settings, n_edges=n))
-        how = f"num-supernodes={n} client-resources-num-cpus={os.cpu_count() or 1}"  # one edge at a time
-        return submit(connection, all_here, model, out, federation=how)
-
-
-def _threads() -> int:
-    import torch
-
-    return torch.get_num_threads()

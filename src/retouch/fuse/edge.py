@@ -22,12 +22,16 @@ from torch import Tensor
 from .. import store
 from ..change import versions
 from ..errors import StoreError, UserError
+from ..model import Model
 from ..settings import Settings, setting, with_settings
+from ._dp import Private
+from ._factors import shapes_of
+from ._quantised import quantised, upload_bytes
 from .adapter_file import named_tensors
 from .base import Adapter, Example
-from .privacy import Released, refuse_unshipped, released
+from .privacy import GUARANTEE, Released, check_privacy, refuse_unshipped, released
 from .pruned import open_pruned
-from .train import LoraSettings, read_examples, train
+from .train import LoraSettings, read_examples, told_size, train
 
 __all__ = [
     "FACTS", "Capabilities", "EdgeSpec", "Sharing", "Task", "Upload", "build_upload", "cached_packages", "capabilities",
@@ -70,14 +74,32 @@ class EdgeSpec:
 
 @dataclass(frozen=True)
 class Sharing(Settings):
-    """What an edge lets out besides the adapter. The edge sets it; no message from the cloud changes it."""
+    """What an edge lets out besides the adapter. The edge sets it in its own configuration; no task says anything of it."""
 
     loss: bool = setting(False, "Also tell the last training loss.")
     count: Literal["exact", "bucket"] = setting("exact", "Tell the number of examples, or only its order.")
-    privacy: str = setting("none", "none, or local-dp: frozen A, B clipped, Gaussian noise added once.")
-    max_norm: float = setting(1.0, "local-dp: largest Frobenius norm of all B together.", gt=0)
-    noise: float = setting(1.0, "local-dp: standard deviation of the noise, as a multiple of max_norm.", gt=0)
-    delta: float = setting(1e-5, "local-dp: the delta of the stated guarantee.", gt=0, lt=1)
+    precision: Literal["half", "int8"] = setting(
+        "half", "half: float16 where that changes little; int8: half of that, and about a hundredth of error."
+    )
+    privacy: str = setting(
+        "none", "none; local-dp: A frozen, B clipped, noise added once; dp-sgd: noise on clipped gradients."
+    )
+    max_norm: float = setting(
+        1.0,
+        "local-dp: largest Frobenius norm of all B together; dp-sgd: largest length of an example's gradient.",
+        gt=0,
+    )
+    noise: float = setting(1.0, "Standard deviation of the noise, as a multiple of max_norm.", gt=0)
+    delta: float = setting(1e-5, "The delta of the stated guarantee.", gt=0, lt=1)
+    public_size: int = setting(
+        0, "dp-sgd: the number of examples that is told; 0: the power of two at or above the real one.", ge=0
+    )
+
+    def private(self) -> Private | None:
+        """Return how training itself is made private, if it is."""
+        if self.privacy != "dp-sgd":
+            return None
+        return Private(self.max_norm, self.noise, self.delta, public_size=self.public_size)
 
 
 @dataclass(frozen=True)
@@ -92,7 +114,8 @@ class Capabilities:
         cores: Processor cores.
         cached: Names, by content, of the pruned models that it holds already.
         versions: Of the software, as ``torch 2.13``.
-        n_examples: How many examples it has, or the order of that number.
+        n_examples: How many examples it has, the order of that number, or under dp-sgd its public size.
+        privacy: What it asks for, see `Sharing`.
     """
 
     name: str
@@ -103,6 +126,7 @@ class Capabilities:
     cached: tuple[str, ...] = ()
     versions: tuple[str, ...] = ()
     n_examples: str = ""
+    privacy: str = "none"
 
 
 def capabilities(spec: EdgeSpec, sharing: Sharing | None = None) -> Capabilities:
@@ -115,10 +139,13 @@ def capabilities(spec: EdgeSpec, sharing: Sharing | None = None) -> Capabilities
     check_name(spec.name)
     if spec.budget_mib is not None and spec.ratio is not None:
         raise UserError(f"The edge {spec.name} states both a budget and a ratio; one of them decides. Leave one out.")
-    count = _counted(len(read_examples(spec.examples)), sharing or Sharing())
+    sharing = sharing or Sharing()
+    refuse_unshipped(sharing.privacy)
+    count = _counted(told_size(len(read_examples(spec.examples)), sharing.private()), sharing)
     return Capabilities(
-        spec.name, spec.budget_mib, spec.ratio, spec.rank, os.cpu_count() or 1, cached_packages(), _software(), count
-    )
+        spec.name, spec.budget_mib, spec.ratio, spec.rank, os.cpu_count() or 1, cached_packages(), _software(), count,
+        sharing.privacy,
+    )  # fmt: skip
 
 
 def check_name(name: object) -> str:
@@ -224,7 +251,8 @@ class Upload:
     """The one message that leaves an edge.
 
     Attributes:
-        tensors: ``NAME.lora_A`` and ``NAME.lora_B`` in float16 or float32; with a frozen A only the latter.
+        tensors: ``NAME.lora_A`` and ``NAME.lora_B`` in float16 or float32, or in int8 with ``NAME.lora_A.scale``; with a
+            frozen A only those of B.
         facts: `FACTS`, and ``loss`` and the guarantee of local-dp where the edge has allowed or asked for them.
     """
 
@@ -261,28 +289,24 @@ def perform(
         StoreError: The pruned model is damaged or another than the task names.
     """
     sharing = sharing or Sharing()
-    refuse_unshipped(sharing.privacy)
-    if sharing.privacy == "local-dp" and not task.settings.freeze_a:
-        raise UserError(
-            f"The edge {name} adds noise to its adapter, which needs a frozen A: noise on both factors multiplies. Set "
-            "freeze_a in the run."
-        )
+    check_privacy(sharing.privacy, name, freeze_a=task.settings.freeze_a, loss=sharing.loss)
     work = work or work_folder(task, name)
     mark = store.key(task=task.hash, sharing=sharing.to_dict(), examples=[[e.prompt, e.target] for e in examples])
     if (kept := _kept(work / "upload", mark)) is not None:
         return kept
     model = open_pruned(package)
+    _log.info("%s: the upload will hold about %s bytes of factors", name, f"{_expected_bytes(model, task, sharing):,}")
     if (model.plan, model.base_fingerprint) != (task.plan, task.base):
         raise StoreError(
             f"The pruned model in {package} was made by another plan than the task names. Ask for it again."
         )
     adapter = train(
         model, examples, task.settings, work / "training", replay=task.replay, initial=task.initial, name=name,
-        deadline_s=task.deadline_s,
+        deadline_s=task.deadline_s, private=sharing.private(),
     )  # fmt: skip
     upload = build_upload(adapter, task, sharing)
     _log.info("%s: the upload holds %s bytes of factors", name, f"{upload.n_bytes:,}")
-    if not upload.facts["partial"] or sharing.privacy != "none":  # a second draw of noise would weaken the first
+    if not upload.facts["partial"] or sharing.privacy == "local-dp":  # a second draw of noise would weaken the first
         _keep(upload, work / "upload", mark)
     return upload
 
@@ -323,6 +347,8 @@ def build_upload(adapter: Adapter, task: Task, sharing: Sharing | None = None, *
         tensors = {f"{name}.lora_B": value for name, value in guarantee.left.items()}
     else:
         tensors = named_tensors(parts)
+    if sharing.privacy == "dp-sgd":
+        guarantee = Released({}, {key: adapter.notes[key] for key in GUARANTEE})
     if task.settings.freeze_a:  # the cloud has drawn A and knows it
         tensors = {name: t for name, t in tensors.items() if name.endswith(".lora_B")}
     ranks = [part.rank for part in parts.values()]
@@ -334,7 +360,15 @@ def build_upload(adapter: Adapter, task: Task, sharing: Sharing | None = None, *
     curve = adapter.notes.get("curve")
     if sharing.loss and curve:
         facts["loss"] = float(curve[-1][1])
+    if sharing.precision == "int8":
+        return Upload(quantised(tensors), facts)
     return Upload({name: _compact(t) for name, t in tensors.items()}, facts)
+
+
+def _expected_bytes(model: Model, task: Task, sharing: Sharing) -> int:
+    shapes, how = shapes_of(model), task.settings
+    dtype = "int8" if sharing.precision == "int8" else "float16"
+    return upload_bytes((shapes[name] for name in task.initial), how.rank, dtype, freeze_a=how.freeze_a)
 
 
 def _compact(tensor: Tensor) -> Tensor:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..change import Change, LowRank
@@ -15,7 +16,7 @@ from .base import Adapter, FuseMethod, Ground, Module, Resolver, modules, shares
 from .core import Core, Fused, spanned, triples, within
 from .coverage import corrected
 
-__all__ = ["plan", "resolved", "stream"]
+__all__ = ["gathered", "plan", "resolved", "stream"]
 
 
 def stream(
@@ -41,8 +42,8 @@ def stream(
         UserError: The adapters do not belong together, the method needs what `ground` does not hold, or the resolver
             cannot stand before the method.
     """
-    chosen, _ = _weighed(method, adapters, weights, ground, resolver)
-    return _stream(method, adapters, chosen, ground, resolver)
+    chosen, choice = _weighed(method, adapters, weights, ground, resolver)
+    return _stream(method, adapters, chosen, ground, resolver, choice.get("weights_of", {}))
 
 
 def _weighed(
@@ -70,12 +71,18 @@ def _stream(
     weights: Sequence[float],
     ground: Ground | None,
     resolver: Resolver | None,
+    weights_of: Mapping[str, Sequence[float]],
 ) -> Iterator[tuple[str, LowRank]]:
     total = len({name for adapter in adapters for name in adapter.parts})
     for module in track(modules(adapters, weights), "fusing weights", total):
-        asked = (
-            _with_moments(_weighty(module, weights), ground) if method.needs == "moments" else _weighty(module, weights)
-        )
+        if (own := weights_of.get(module.name)) is not None:
+            module = replace(module, weights=tuple(own[i] for i in module.owners))
+        if not any(module.weights):
+            yield module.name, LowRank(torch.zeros(module.shape[0], 1), torch.zeros(1, module.shape[1]))
+            continue
+        asked = _weighty(module, own or weights)
+        if method.needs == "moments":
+            asked = _with_moments(asked, ground)
         if method.corrects():
             asked = corrected(asked)
         if resolver is not None:
@@ -97,10 +104,10 @@ def _check_ground(method: FuseMethod, adapters: Sequence[Adapter], ground: Groun
 
 
 def _weighty(module: Module, weights: Sequence[float]) -> Module:
-    """Leave out adapters of weight 0, which no rule hears; where all have it, nothing is left out."""
+    """Leave out adapters of weight 0, which no rule hears."""
     n = sum(w != 0 for w in weights)
     kept = [i for i, w in enumerate(module.weights) if w != 0]
-    if n == len(weights) or not kept:
+    if n == len(weights):
         return module
     picked: dict[str, Any] = {
         field: tuple(getattr(module, field)[i] for i in kept)
@@ -171,6 +178,14 @@ def _scaled(fused: LowRank, lam: float) -> LowRank:
     return replace(fused, left=left.float().contiguous(), right=fused.right.float().contiguous())
 
 
+def gathered(pairs: Iterable[tuple[str, LowRank]], told: dict[str, dict[str, float]]) -> Iterator[tuple[str, LowRank]]:
+    """Pass fused differences on, and gather in `told` what their method says of each weight: by what, by weight."""
+    for name, fused in pairs:
+        for what, number in (fused.notes if isinstance(fused, Fused) else {}).items():
+            told.setdefault(what, {})[name] = number
+        yield name, fused
+
+
 def plan(
     method: FuseMethod,
     adapters: Sequence[Adapter],
@@ -194,13 +209,12 @@ def plan(
     parts: dict[str, LowRank] = {}
     told: dict[str, dict[str, float]] = {}
     zero = []
-    for name, fused in _stream(method, adapters, given, ground, resolver):
+    found = _stream(method, adapters, given, ground, resolver, choice.get("weights_of", {}))
+    for name, fused in gathered(found, told):
         if not (bool(fused.left.any()) and bool(fused.right.any())):
             zero.append(name)
             continue
         parts[name] = LowRank(fused.left, fused.right)
-        for what, number in (fused.notes if isinstance(fused, Fused) else {}).items():
-            told.setdefault(what, {})[name] = number
     if not parts:
         raise UserError(
             f"Nothing is left after fusing {', '.join(a.name for a in adapters)} by {method.label}: every difference is 0."

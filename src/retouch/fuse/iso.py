@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ..change import LowRank
 from ..settings import setting
-from .base import FuseMethod, Module
+from .base import FuseMethod, Module, Resolver
 from .core import FACTOR_TOLERANCE, stacked, triples, weighted, within
 
 __all__ = ["Iso"]
@@ -39,6 +40,10 @@ class Iso(FuseMethod):
     """
 
     published: bool = setting(False, "Average over the weight's size instead of the rank, as published.")
+
+    def out_rank(self, ranks: Sequence[int], shape: tuple[int, int], resolver: Resolver | None = None) -> int:
+        """As published, every direction of the weight."""
+        return min(shape) if self.published else super().out_rank(ranks, shape, resolver)
 
     def fuse(self, module: Module) -> LowRank:
         """Replace the singular values of the mean by their mean."""

@@ -29,8 +29,8 @@ class Entry:
     Attributes:
         run: Name of the run.
         node: Name of the edge.
-        plan: Hash of its pruning plan.
-        settings: Hash of what decides its adapter.
+        plan: Hash of its pruning plan; empty for an edge that was refused before it had one.
+        settings: Hash of what decides its adapter; empty likewise.
         state: One of `STATES`.
         files: SHA-256 of what was kept, by name inside the run's folder.
         why: A sentence, where something went wrong.

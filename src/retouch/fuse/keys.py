@@ -1,7 +1,7 @@
 """Keys and certificates of a deployment: who is the cloud, and which edges may join.
 
 An own authority signs the cloud's certificate, so that edges know whom they talk to; each edge has a key of its own that
-the cloud registers, so that no other can join. Private keys are readable by their owner alone.
+the cloud registers; only on the cloud's own machine can keys be registered (`_superlink`). Private keys are readable by their owner alone.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ from typing import Any
 
 from ..errors import StoreError, UserError
 from .edge import check_name
+from .roster import key_of
 
-__all__ = ["Keys", "make_keys"]
+__all__ = ["Keys", "make_keys", "retire"]
 
 _CA_DAYS = 3650
+_LOOPBACK = ("localhost", "127.0.0.1")
+"""Names in every certificate: runs are submitted on the cloud's own machine."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ def make_keys(folder: str | Path, hosts: Sequence[str], edges: Sequence[str], *,
 
     Args:
         folder: Where to; an authority that is there already goes on signing.
-        hosts: Names and addresses under which edges reach the cloud.
+        hosts: Names and addresses under which edges reach the cloud; localhost and 127.0.0.1 are always added.
         edges: Names of edges.
         days: How long certificates are valid.
 
@@ -61,7 +64,7 @@ def make_keys(folder: str | Path, hosts: Sequence[str], edges: Sequence[str], *,
         cloud = folder / "cloud"
         if not (cloud / "server.pem").exists():
             _folder(cloud, authority)
-            _certified(cloud, "server", hosts, authority, days)
+            _certified(cloud, "server", _all(hosts), authority, days)
         places = {name: folder / "edges" / name for name in names}
         for name, place in places.items():
             if not (place / "runtime.pem").exists():
@@ -69,6 +72,30 @@ def make_keys(folder: str | Path, hosts: Sequence[str], edges: Sequence[str], *,
     except OSError as error:
         raise StoreError(f"{folder} cannot be written: {error.strerror} ({error.filename}). Choose another.") from error
     return Keys(folder, cloud, places)
+
+
+def _all(hosts: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys([*(h.strip() for h in hosts), *_LOOPBACK]))
+
+
+def retire(folder: str | Path, name: str) -> Path | None:
+    """Move a revoked edge's key out of the way, so that the same name can be given a new one.
+
+    Returns:
+        Where it lies now; None if the folder holds no key of that edge.
+
+    Raises:
+        StoreError: It cannot be moved.
+    """
+    place = Path(folder).absolute() / "edges" / check_name(name)
+    if not place.is_dir():
+        return None
+    after = Path(folder).absolute() / "revoked" / f"{name}-{key_of(place / 'node.pub')[1][:16]}"
+    try:
+        after.parent.mkdir(mode=0o700, exist_ok=True)
+        return place.rename(after)
+    except OSError as error:
+        raise StoreError(f"{place} cannot be moved to {after}: {error.strerror}. Move it by hand.") from error
 
 
 def _edge(place: Path, name: str, authority: tuple[Any, Any], days: int) -> None:
@@ -80,7 +107,7 @@ def _edge(place: Path, name: str, authority: tuple[Any, Any], days: int) -> None
     _private(place / "node.key", key.private_bytes(form.Encoding.PEM, form.PrivateFormat.OpenSSH, plain))
     public = key.public_key().public_bytes(form.Encoding.OpenSSH, form.PublicFormat.OpenSSH)
     (place / "node.pub").write_bytes(public + f" {name}\n".encode())
-    _certified(place, "runtime", ("localhost", "127.0.0.1"), authority, days)
+    _certified(place, "runtime", _LOOPBACK, authority, days)
 
 
 def _folder(place: Path, authority: tuple[Any, Any]) -> None:

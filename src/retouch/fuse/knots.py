@@ -46,6 +46,11 @@ class Knots(FuseMethod):
     rule: Literal["ties", "dare", "mean"] = setting("ties", "How blocks are merged; the mean gives what cat gives.")
     density: float = setting(0.5, "ties: share of entries that is kept; dare: probability of each.", gt=0, le=1)
 
+    @property
+    def idle(self) -> tuple[str, ...]:
+        """Settings that the rule does not look at, which tuning therefore leaves alone."""
+        return ("density",) if self.rule == "mean" else ()
+
     def corrects(self) -> bool:
         """An election is already among those that have an opinion."""
         return self.rule != "ties" and super().corrects()

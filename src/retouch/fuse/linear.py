@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -12,7 +13,7 @@ from .. import linalg
 from ..change import LowRank
 from ..errors import UserError
 from ..settings import setting
-from .base import FuseMethod, Module
+from .base import FuseMethod, Module, Resolver
 from .core import Fused, stacked
 
 __all__ = ["Linear"]
@@ -49,6 +50,10 @@ class Linear(FuseMethod):
 
     gauge_dependent: ClassVar[bool] = True
     resolvable: ClassVar[bool] = False
+
+    def out_rank(self, ranks: Sequence[int], shape: tuple[int, int], resolver: Resolver | None = None) -> int:
+        """That of the adapters."""
+        return min(max(ranks), *shape)
 
     def fuse(self, module: Module) -> LowRank:
         """Average the factors, and measure how far their product is from the mean."""

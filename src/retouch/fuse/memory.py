@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+from ..settings import Settings, setting
 from ._units import Units, numbers_of
 
 if TYPE_CHECKING:
@@ -22,26 +23,18 @@ RUNTIME_MIB = 400
 
 
 @dataclass(frozen=True)
-class Load:
-    """A class of edge: how it will train.
+class Load(Settings):
+    """A class of edge: how it will train."""
 
-    Attributes:
-        batch: Rows of one pass.
-        n_tokens: Tokens of a row.
-        n_answer_tokens: Tokens of a row that the loss is taken on.
-        rank: Rank of the adapter.
-        bytes_per_weight: 4 for float32, 2 for bfloat16, 1 for int8.
-        checkpointing: Whether activations are computed again in the backward pass.
-        dropout: Of the adapter; above 0 the backward pass keeps a mask of every adapted input.
-    """
-
-    batch: int = 8
-    n_tokens: int = 256
-    n_answer_tokens: int = 32
-    rank: int = 8
-    bytes_per_weight: int = 4
-    checkpointing: bool = False
-    dropout: float = 0.05
+    batch: int = setting(8, "Rows of one pass.", ge=1)
+    n_tokens: int = setting(256, "Tokens of a row.", ge=1)
+    n_answer_tokens: int = setting(32, "Tokens of a row that the loss is taken on.", ge=1)
+    rank: int = setting(8, "Rank of the adapter.", ge=1, le=1024)
+    bytes_per_weight: Literal[1, 2, 4] = setting(4, "4 for float32, 2 for bfloat16, 1 for int8.")
+    checkpointing: bool = setting(False, "Whether activations are computed again in the backward pass.")
+    dropout: float = setting(
+        0.05, "Of the adapter; above 0 the backward pass keeps a mask of every adapted input.", ge=0, lt=1
+    )
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
-"""Release an adapter with noise: clip its trained factor, add Gaussian noise once, and say what that promises.
+"""What an edge may promise about its adapter, and the form that clips a trained factor and adds Gaussian noise once.
 
-What is protected is the whole adapter of an edge, not a single example: from what is released nobody can tell, better
-than (epsilon, delta) allows, whether the edge has trained on its data or on any other. The number of examples and the
-fact that the edge took part are not covered.
+`local-dp` protects the whole adapter of an edge, released once: nobody can tell, better than (epsilon, delta) allows,
+whether the edge has trained on its data or on any other; the number of examples is told beside it and not covered.
+`dp-sgd` protects a single example, while training; what is told of the number of examples is a public size. That the edge
+took part is covered by neither.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from torch import Tensor
 
 from ..errors import UserError, unknown
 
-__all__ = ["PRIVACY", "Released", "epsilon_of", "refuse_unshipped", "released"]
+__all__ = ["GUARANTEE", "PRIVACY", "Released", "check_privacy", "epsilon_of", "refuse_unshipped", "released"]
 
-PRIVACY = ("none", "local-dp")
+PRIVACY = ("none", "local-dp", "dp-sgd")
+GUARANTEE = {"privacy": str, "epsilon": float, "delta": float, "max_norm": float, "noise": float, "unit": str}
+"""What is told of a promise, and its types."""
 UNIT = "the whole adapter of an edge, released once"
 
 
@@ -47,10 +50,35 @@ def refuse_unshipped(privacy: str) -> None:
         raise UserError(
             "secagg-linear is not offered: with masked sums the cloud sees no single adapter, so conflict reports, "
             "screening and every method but the plain mean would be blind, and edges that drop out are not handled yet. "
-            "Use local-dp, or none with TLS."
+            "Use local-dp or dp-sgd, or none with TLS."
         )
     if privacy not in PRIVACY:
         raise unknown("kind of privacy", privacy, PRIVACY)
+
+
+def check_privacy(privacy: str, name: str, *, freeze_a: bool, loss: bool = False) -> None:
+    """Refuse a kind of privacy that does not go with the run, or with what else the edge lets out.
+
+    Args:
+        privacy: The kind.
+        name: Of the edge.
+        freeze_a: Whether the run freezes A.
+        loss: Whether the edge tells its training loss.
+
+    Raises:
+        UserError: They do not go together.
+    """
+    refuse_unshipped(privacy)
+    if privacy == "local-dp" and not freeze_a:
+        raise UserError(
+            f"The edge {name} adds noise to its adapter, which needs a frozen A: noise on both factors multiplies. Set "
+            "freeze_a in the run, or privacy=dp-sgd at the edge."
+        )
+    if privacy != "none" and loss:
+        raise UserError(
+            f"The edge {name} would tell its training loss without noise, which its privacy={privacy} does not cover. "
+            "Leave loss=true out."
+        )
 
 
 def released(

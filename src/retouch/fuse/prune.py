@@ -171,6 +171,8 @@ def measured_inputs(model: Model, units: Units, blocks: list[int], text: Text) -
 def _check_request(budget_mib: float | None, ratio: float | None) -> None:
     if (budget_mib is None) == (ratio is None):
         raise UserError("Give budget_mib or ratio: one of them decides how much is pruned.")
+    if budget_mib is not None and not 0 < budget_mib < math.inf:
+        raise UserError(f"A budget in MiB must be a finite number above 0; got {budget_mib!r}.")
     if ratio is not None and not 0 <= ratio <= _widths.LARGEST_RATIO:
         raise UserError(f"ratio must be at least 0 and at most {_widths.LARGEST_RATIO}; got {ratio!r}.")
 

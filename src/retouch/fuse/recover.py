@@ -16,11 +16,13 @@ from torch import Tensor
 from ..change import LowRank
 from ..errors import StoreError, UserError, WrongBase
 from ..model import Model
+from ._folder import quoted
 from ._units import Units
+from .adapter_file import Origin
 from .base import Adapter, Kept
 from .prune import PrunePlan, check_plan
 
-__all__ = ["gamma", "propagate", "recover", "restricted", "scaled"]
+__all__ = ["check_origin", "gamma", "propagate", "recover", "restricted", "scaled"]
 
 
 def recover(adapter: Adapter, plan: PrunePlan, model_full: Model) -> Adapter:
@@ -51,17 +53,31 @@ def recover(adapter: Adapter, plan: PrunePlan, model_full: Model) -> Adapter:
 
 def _checked(adapter: Adapter, plan: PrunePlan, model: Model) -> Units:
     units = check_plan(plan, model)
-    if adapter.base != plan.base:
+    check_origin(adapter.name, Origin(adapter.base, adapter.plan, bool(adapter.kept)), plan)
+    return units
+
+
+def check_origin(name: str, origin: Origin, plan: PrunePlan) -> None:
+    """Make sure that an adapter can be recovered by a plan, as far as its record tells; no model is needed.
+
+    Raises:
+        WrongBase: The plan belongs to another model.
+        UserError: The adapter was trained under another plan, or is recovered already.
+    """
+    if origin.base != plan.base:
         raise WrongBase(
-            f"The adapter {adapter.name} belongs to base {adapter.base[:6]}, the plan to {plan.base[:6]}. "
+            f"The adapter {name} belongs to base {quoted(origin.base[:6])}, the plan to {plan.base[:6]}. "
             "Recover it with the plan and the model that it was trained for."
         )
-    if adapter.plan != plan.hash:
-        told = f"plan {adapter.plan[:8]}" if adapter.plan else "no plan"
-        raise UserError(f"The adapter {adapter.name} was trained under {told}; this plan is {plan.hash[:8]}.")
-    if adapter.kept:
-        raise UserError(f"The adapter {adapter.name} is recovered already.")
-    return units
+    if origin.recovered:
+        raise UserError(f"The adapter {name} is recovered already: it has the whole model's sizes. Fuse it as it is.")
+    if not origin.plan:
+        raise UserError(f"The adapter {name} was trained on a whole model, so nothing is missing. Fuse it as it is.")
+    if origin.plan != plan.hash:
+        raise UserError(
+            f"The adapter {name} was trained under plan {quoted(origin.plan[:8])}; this plan is {plan.hash[:8]}. Give "
+            "the plan that `retouch fuse prune` wrote beside that edge's model."
+        )
 
 
 class _Recovered(Mapping[str, LowRank]):
@@ -82,6 +98,9 @@ class _Recovered(Mapping[str, LowRank]):
                 "It was not trained under this plan."
             )
         return part if kept is None else _scattered(part, kept, shape)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._adapter.parts  # else asking would read and scatter
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._adapter.parts)

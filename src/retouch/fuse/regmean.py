@@ -12,6 +12,7 @@ from ..change import LowRank
 from ..errors import UserError
 from ..settings import setting
 from .base import FuseMethod, Kept, Module
+from .core import triples, within
 from .coverage import corrected, pruned_axis
 
 __all__ = ["Regmean"]
@@ -45,6 +46,11 @@ class Regmean(FuseMethod):
     """
 
     shrink: float = setting(0.9, "What the moments' off-diagonal is multiplied by.", ge=0, le=1)
+    ridge: float = setting(
+        1e-6,
+        "Added to the diagonal of their sum, as a share of its mean: with it inputs may depend on one another.",
+        gt=0,
+    )
 
     averages: ClassVar[bool] = False  # the inverse divides by what each adapter's inputs cover; rows are seen to below
     needs: ClassVar[Literal["", "selection", "moments"]] = "moments"
@@ -58,11 +64,23 @@ class Regmean(FuseMethod):
         moments = [self._moment(m, k, module) for m, k in zip(module.moments, module.kept)]
         _check_apart(moments, module)
         total = sum((g * w for g, w in zip(moments, module.weights)), torch.zeros_like(moments[0]))
-        total.diagonal()[total.diagonal() == 0] = 1.0  # inputs that nobody saw: nothing is written there
-        factor = torch.linalg.cholesky(total)
         heard = torch.cat([w * (p.right.double() @ g) for p, g, w in zip(module.parts, moments, module.weights)])
-        right = torch.cholesky_solve(heard.T, factor).T
-        return LowRank(torch.cat([p.left for p in module.parts], 1).float(), right.float())
+        right = torch.cholesky_solve(heard.T, self._factor(total, module.name)).T
+        fused = LowRank(torch.cat([p.left for p in module.parts], 1).float(), right.float())
+        return fused if fused.rank <= module.rank else _cut(fused, module.rank)
+
+    def _factor(self, total: Tensor, name: str) -> Tensor:
+        diagonal = total.diagonal()
+        diagonal += self.ridge * diagonal.mean()
+        diagonal[diagonal == 0] = 1.0  # nobody saw anything: nothing is written
+        factor: Tensor
+        factor, failed = torch.linalg.cholesky_ex(total)
+        if failed:
+            raise UserError(
+                f"The second moments of {name} add up to a matrix with negative directions, which no inputs have. Set a "
+                f"larger ridge (it is {self.ridge:g}) or a smaller shrink (it is {self.shrink:g}), or measure them again."
+            )
+        return factor
 
     def _moment(self, given: Any, kept: Kept | None, module: Module) -> Tensor:
         """Read a moment, put it where its edge's inputs were, and shrink its off-diagonal."""
@@ -77,6 +95,12 @@ class Regmean(FuseMethod):
                 f"got {' x '.join(map(str, g.shape))}."
             )
         return g * self.shrink + torch.diag(g.diagonal() * (1 - self.shrink))
+
+
+def _cut(fused: LowRank, rank: int) -> LowRank:
+    """Behind a resolver all parts share one factor, so that side by side they are longer than their rank."""
+    u, s, vh = triples(fused)
+    return within(u[:, :rank], s[:rank], vh[:rank])
 
 
 def _check_apart(moments: list[Tensor], module: Module) -> None:

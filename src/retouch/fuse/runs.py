@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from .. import registry, store
-from ..errors import StoreError
+from ..errors import StoreError, UserError
 from ..settings import Settings, setting, with_settings
-from .base import Example, FuseMethod, Resolver
+from .base import MAX_EXAMPLES, Example, FuseMethod, Resolver
 from .cat import Cat
-from .edge import settings_of
+from .edge import Capabilities, settings_of
+from .privacy import check_privacy
 from .train import LoraSettings
 
-__all__ = ["Run", "RunSettings", "open_run", "save_run"]
+__all__ = ["Run", "RunSettings", "check_run", "counts", "open_run", "refused_edges", "save_run"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,70 @@ class Run:
     resolver: Resolver | None = None
     replay: tuple[Example, ...] = ()
     shared_cache: bool = False
+
+
+def check_run(run: Run) -> None:
+    """Refuse a fusion that could not be done once the adapters are here: the cloud has them, the base, and no data.
+
+    Raises:
+        UserError: The method needs questions or moments, or the resolver cannot stand before it.
+    """
+    method, resolver = run.method, run.resolver
+    if method.needs:
+        what = "questions of the domains" if method.needs == "selection" else "second moments of every edge's inputs"
+        then = (
+            f"Let the run fuse by cat; then fuse its adapters again where the questions are: retouch fuse merge MODEL "
+            f"RUN/adapters/… --method {method.name} --data QUESTIONS."
+            if method.needs == "selection"
+            else "Edges do not send them, since they tell something of the data. Fuse by cat."
+        )
+        raise UserError(f"{method.name} needs {what}, which the cloud of a run does not have. {then}")
+    if resolver is None:
+        return
+    if not method.resolvable:
+        raise UserError(f"{method.name} fuses factors, so no resolver can stand before it. Leave {resolver.name} out.")
+    if getattr(resolver, "space", "core") != "core" and not method.takes_entries():
+        raise UserError(
+            f"{resolver.name} changes single entries, at which {method.label} does not look. Set space=core for it, or "
+            "fuse by cat or a method of entries such as ties."
+        )
+
+
+def refused_edges(run: Run, edges: Sequence[Capabilities]) -> dict[str, str]:
+    """Say which edges ask for what the run cannot do, before any of them trains; the others go on without them.
+
+    Returns:
+        The reason for each of them, by name.
+    """
+    found = {edge.name: why for edge in edges if (why := _refused(run, edge))}
+    ranks = {edge.name: edge.rank or run.lora.rank for edge in edges if edge.name not in found}
+    if run.method.gauge_dependent and ranks:
+        told = sorted(ranks.values())
+        usual = max(told, key=told.count)
+        for name in (name for name, rank in ranks.items() if rank != usual):
+            found[name] = (
+                f"{run.method.name} fuses factors and so needs equal ranks; most edges have {usual}, and {name} has "
+                f"{ranks[name]}. Use cat, or rank={usual} there."
+            )
+    return found
+
+
+def _refused(run: Run, edge: Capabilities) -> str:
+    try:
+        check_privacy(edge.privacy, edge.name, freeze_a=run.lora.freeze_a)
+    except UserError as error:
+        return str(error)
+    if run.settings.weights == "examples" and edge.n_examples and not counts(edge.n_examples):
+        return (
+            f"The edge {edge.name} tells only the order of its number of examples (count=bucket) or none at all, and the run "
+            "weighs adapters by that number. Set count=exact there, or weights=equal in the run."
+        )
+    return ""
+
+
+def counts(told: str) -> bool:
+    """Say whether an edge has told a number of examples by which its adapter can be weighed."""
+    return told.isascii() and told.isdecimal() and len(told) <= len(str(MAX_EXAMPLES)) and 0 < int(told) <= MAX_EXAMPLES
 
 
 def save_run(run: Run, model: str, folder: Path) -> None:

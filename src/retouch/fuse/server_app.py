@@ -15,12 +15,12 @@ from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from .. import store
-from ..errors import RetouchError, StoreError
+from ..errors import RetouchError, StoreError, UserError
 from ..model import open_model
 from ._records import from_task, to_capabilities, to_upload
 from .client_app import same_threads
 from .cloud import Assignment, Cloud, Outcome
-from .edge import Capabilities, keep_package
+from .edge import Capabilities, check_name, keep_package
 from .runs import open_run
 
 __all__ = ["app", "main", "serve_run", "take", "told_error"]
@@ -93,17 +93,24 @@ def _asked(grid: Grid, nodes: Iterable[int]) -> dict[int, Capabilities]:
     """Ask nodes what they can do; those whose answer cannot be used are left out, and said."""
     messages = [Message(RecordDict(), node, "query.capabilities", ttl=_QUERY_S) for node in nodes]
     found: dict[int, Capabilities] = {}
+    heard = 0
     for reply in grid.send_and_receive(messages, timeout=_QUERY_S) if messages else ():
+        heard += 1
         node = reply.metadata.src_node_id
         try:
             if reply.has_error():
                 raise StoreError(f"Node {node} was asked what it can do: {told_error(reply)}")
             edge = to_capabilities(reply.content, f"the answer of node {node}")
+            check_name(edge.name)
             if edge.name in {e.name for e in found.values()}:
                 raise StoreError(f"Node {node} calls itself {edge.name!r}, as another does. Rename one of them.")
             found[node] = edge
-        except StoreError as error:
+        except UserError as error:
             _log.warning("%s", error)
+    if silent := len(messages) - heard:
+        _log.warning(
+            "%d nodes did not say what they can do; a node ignores a run of another version of Retouch", silent
+        )
     return found
 
 

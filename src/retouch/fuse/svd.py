@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..change import LowRank
 from ..settings import setting
 from ._blocks import Blocks, averaged, refactored
-from .base import FuseMethod, Module
+from .base import FuseMethod, Module, Resolver
 from .core import factors, stacked, triples, weighted, within
 
 __all__ = ["Svd"]
@@ -40,6 +41,12 @@ class Svd(FuseMethod):
     def takes_entries(self) -> bool:
         """A mean can be taken of entries as well."""
         return True
+
+    def out_rank(self, ranks: Sequence[int], shape: tuple[int, int], resolver: Resolver | None = None) -> int:
+        """The rank that is kept, if there is as much."""
+        wanted = min(self.rank or max(ranks), *shape)
+        whole = getattr(resolver, "space", "core") == "full"  # single entries are changed, which leaves full rank
+        return wanted if whole else min(wanted, sum(ranks))
 
     def fuse(self, module: Module) -> LowRank:
         """Find the largest singular triples of the mean."""

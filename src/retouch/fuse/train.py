@@ -24,11 +24,12 @@ from ..model import Model
 from ..progress import report
 from ..settings import Settings, setting
 from ..trace import first_tensor
+from ._dp import Private, Steps
 from ._examples import Order, encoded, read_examples, rows_key
 from ._lora import beginning, folded, initial_a, injected, lean
 from .base import Adapter, Example
 
-__all__ = ["LoraSettings", "initial_a", "read_examples", "train"]
+__all__ = ["LoraSettings", "initial_a", "read_examples", "told_size", "train"]
 
 _log = logging.getLogger("retouch")
 _POINTS = 20
@@ -64,14 +65,16 @@ class LoraSettings(Settings):
         "float32", "Type of the frozen weights; to save memory, open them so."
     )
     checkpointing: bool = setting(False, "Compute activations again in the backward pass, to save memory.")
-    lean: bool = setting(True, "Give freed memory back at once (glibc): the least memory, about a quarter slower.")
+    lean: bool = setting(
+        True, "Give freed memory back at once (glibc): a third less memory beside the weights, half as long again."
+    )
     save_every: int = setting(50, "Steps between two saved states.", ge=1)
 
 
 def train(
     model: Model, examples: Sequence[Example], settings: LoraSettings | None = None, folder: str | Path | None = None, *,
     replay: Sequence[Example] = (), initial: Mapping[str, Tensor] | None = None, name: str = "edge",
-    deadline_s: float | None = None,
+    deadline_s: float | None = None, private: Private | None = None,
 ) -> Adapter:  # fmt: skip
     """Train an adapter.
 
@@ -88,6 +91,7 @@ def train(
         initial: Where A begins, from `initial_a` at the cloud.
         name: What reports call the adapter.
         deadline_s: Seconds after which it stops cleanly with what is there; the notes then say ``partial``.
+        private: Clip the gradient of each own example and add noise (DP-SGD); what it promises stands in the notes.
 
     Returns:
         The adapter at the sizes of `model`, with the scale folded in. Notes hold steps, loss, seconds, peak memory.
@@ -110,12 +114,19 @@ def train(
         lean(settings.lean),
         watched(model.device) as cost,
     ):  # the caller's generators stay
-        course = _Course(model, settings, rows, public, first, Path(folder) if folder else None, name)
+        course = _Course(model, settings, rows, public, first, Path(folder) if folder else None, name, private)
         course.run(math.inf if deadline_s is None else time.monotonic() + deadline_s)
         parts = folded(model, course.network, list(first), settings)
     notes = course.notes() | {"peak_mib": round(cost.peak_mib, 1), "device_mib": round(cost.device_mib, 1)}
     plan = getattr(model, "plan", "")
-    return Adapter(name, parts, model.base_fingerprint, plan=plan, n_examples=len(examples), notes=notes)
+    return Adapter(
+        name, parts, model.base_fingerprint, plan=plan, n_examples=told_size(len(examples), private), notes=notes
+    )
+
+
+def told_size(n: int, private: Private | None) -> int:
+    """Return the number of examples that steps are counted by and the adapter tells: a public one under DP-SGD."""
+    return private.size_of(n) if private else n
 
 
 # ---------------------------------------------------------------- the loop
@@ -137,6 +148,7 @@ class _Course:
     def __init__(
         self, model: Model, settings: LoraSettings, rows: list[tokens.Row], public: list[tokens.Row],
         first: Mapping[str, Tensor], folder: Path | None, name: str,
+        private: Private | None = None,
     ) -> None:  # fmt: skip
         self.model, self.settings, self.rows, self.public, self.name = model, settings, rows, public, name
         self.saved = folder / "state" if folder else None
@@ -147,11 +159,13 @@ class _Course:
         self.n_own = max(1, settings.batch - self.n_public)
         self.own, self.others = (Order(len(r), settings.seed, w) for r, w in ((rows, "own"), (public, "public")))
         a_step = self.n_own * settings.accumulation
-        self.n_steps = settings.n_steps or math.ceil(settings.epochs * len(rows) / a_step)
+        self.n_steps = settings.n_steps or math.ceil(settings.epochs * told_size(len(rows), private) / a_step)
         self.at = _Position()
+        share, weights = self.n_own / (self.n_own + self.n_public), list(self.weights.values())
+        self.private = Steps(private, rows, a_step, weights, self._loss, share) if private else None
         self.key = store.key(
             model=model.fingerprint, settings=settings.to_dict(), rows=rows_key(rows), public=rows_key(public),
-            first={n: store.digest_tensor(t) for n, t in first.items()},
+            first={n: store.digest_tensor(t) for n, t in first.items()}, **({"private": asdict(private)} if private else {}),
         )  # fmt: skip
 
     def run(self, deadline: float) -> None:
@@ -172,9 +186,11 @@ class _Course:
     def notes(self) -> dict[str, Any]:
         """Say what was done."""
         at = self.at
+        promised = self.private.facts(at.step) if self.private else {}
         return {
             "settings": self.settings.to_dict(), "n_steps": at.step, "partial": at.step < self.n_steps,
             "n_tokens": at.n_tokens, "seconds": round(at.seconds, 3), "curve": at.curve, "n_replay": len(self.public),
+            **promised,
         }  # fmt: skip
 
     # ------------------------------------------------------------ one step
@@ -182,19 +198,22 @@ class _Course:
     def _step(self) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate()
-        batches = self._batches()
-        n_answers = sum(len(row.target) for batch in batches for row in batch)
-        loss = 0.0
-        for batch in batches:
-            part = self._loss(batch) / n_answers
-            part.backward()  # type: ignore[no-untyped-call]
-            loss += float(part.detach())
+        batches = self._batches() if self.private is None else [self._public()]
+        loss = self._backward(batches) if self.private is None else self.private.gradient(batches)
         norm = float(nn.utils.clip_grad_norm_(list(self.weights.values()), self.settings.clip))
         self._require_finite(loss, norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.at.n_tokens += sum(len(row.ids) for batch in batches for row in batch)
         self._note(loss)
+
+    def _backward(self, batches: Sequence[Sequence[tokens.Row]]) -> float:
+        n_answers, loss = sum(len(row.target) for batch in batches for row in batch), 0.0
+        for batch in batches:
+            part = self._loss(batch) / n_answers
+            part.backward()  # type: ignore[no-untyped-call]
+            loss += float(part.detach())
+        return loss
 
     def _rate(self) -> float:
         """Rise to the highest rate, then fall to 0 in a line."""
@@ -213,6 +232,11 @@ class _Course:
             for i in range(n)
         ]
         return [part for batch in batches for part in _level(batch)] if self.model.device.type == "cpu" else batches
+
+    def _public(self) -> list[tokens.Row]:
+        """Take this step's public rows alone."""
+        count = self.settings.accumulation * self.n_public
+        return [self.public[j] for j in self.others.take(self.at.step * count, count)]
 
     def _loss(self, rows: Sequence[tokens.Row]) -> Tensor:
         """Sum the loss over the answers' tokens; the head is applied where they are predicted and nowhere else."""

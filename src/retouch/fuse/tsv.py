@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..change import LowRank
 from ..settings import setting
-from .base import FuseMethod, Module
+from .base import FuseMethod, Module, Resolver
 from .core import FACTOR_TOLERANCE, factors, triples
 
 __all__ = ["Tsv", "polar"]
@@ -49,11 +49,18 @@ class Tsv(FuseMethod):
 
     averages: ClassVar[bool] = False
 
+    def out_rank(self, ranks: Sequence[int], shape: tuple[int, int], resolver: Resolver | None = None) -> int:
+        """As published, at most the weight's share of each adapter; a resolver may give each the rank of all."""
+        if not self.published:
+            return super().out_rank(ranks, shape, resolver)
+        k, each = _published_share(shape, len(ranks)), [sum(ranks) if resolver and r else r for r in ranks]
+        return min(sum(min(k, r) for r in each), *shape)
+
     def fuse(self, module: Module) -> LowRank:
         """Stack singular triples, make them orthogonal, multiply out."""
         scales = [w * module.n_adapters for w in module.weights]
         if self.published:
-            k = max(1, min(module.shape) // module.n_adapters)
+            k = _published_share(module.shape, module.n_adapters)
             return _joined([_dense(p, k) for p in module.parts], scales, tolerance=0.0)
         if module.core is None:
             return _joined([triples(p, FACTOR_TOLERANCE) for p in module.parts], scales)
@@ -62,8 +69,13 @@ class Tsv(FuseMethod):
         return factors(module.core, small.delta())
 
 
+def _published_share(shape: tuple[int, int], n_adapters: int) -> int:
+    return max(1, min(shape) // n_adapters)
+
+
 def _dense(part: LowRank, k: int) -> Triples:
     u, s, vh = torch.linalg.svd(part.delta(), full_matrices=False)
+    s[part.rank :] = 0.0  # rounding, whose size would decide the rank of the result
     return u[:, :k], s[:k], vh[:k]
 
 

@@ -59,7 +59,7 @@ class Tuned:
 
 def variants(method: FuseMethod, densities: Sequence[float] = DENSITIES) -> dict[str, FuseMethod]:
     """Return a method in the few forms that are tuned: by density where it has one, else as it is."""
-    if "density" not in {f.name for f in dataclasses.fields(method)}:
+    if "density" not in {f.name for f in dataclasses.fields(method)} or "density" in getattr(method, "idle", ()):
         return {"": method}
     room = getattr(method, "epsilon", 0.0)  # DELLA's probabilities lie around the density
     allowed = [d for d in densities if d - room > 0 and d + room <= 1] or [method.density]  # type: ignore[attr-defined]

@@ -41,7 +41,8 @@ RECORD, ITEMS = "retouch.json", "items.jsonl"
 REFERENCE, CHANGE, KNOWLEDGE = "reference.safetensors", "change.safetensors", "knowledge.safetensors"
 TRIE, PROTOTYPES, TOKENISER = "trie.safetensors", "prototypes.safetensors", "tokeniser.safetensors"
 CERTIFICATE, ARRAYS = "certificate.json", "certificate.safetensors"
-TRAINING, CARD = "training.json", "README.md"
+TRAINING, GROUPS, CARD = "training.json", "groups.json", "README.md"
+SEEN = "seen.safetensors"
 REQUIRED = (RECORD, CARD, ITEMS, REFERENCE, CHANGE, KNOWLEDGE, TRIE, PROTOTYPES, TRAINING)
 AGAIN = "Copy it again from its source, or make it again."
 
@@ -249,6 +250,8 @@ _WHAT = {
     CERTIFICATE: "the proof",
     ARRAYS: "what the proof is computed from",
     TRAINING: "how it was trained",
+    GROUPS: "names of the groups of users, for reasons",
+    SEEN: "who had a part in training, as salted hashes; the salt is not here",
     RECORD: "settings, sizes, versions and fingerprints, for programs",
 }
 

@@ -64,16 +64,21 @@ class Asked:
         return np.maximum(lengths[other - 1] - (lengths[samples.users - 1] - samples.cuts), 1)
 
 
-def partners(splits: Splits, seed: int) -> NDArray[np.int32]:
+def partners(splits: Splits, lengths: NDArray[np.integer], seed: int) -> NDArray[np.int32]:
     """Give each user another one, nobody themselves; users of the certificate stay among themselves.
+
+    Histories of like length stand for each other, two and two: cut as far from its end, a much shorter one would have
+    nothing left, and the control would be starved where it should be misled.
 
     Shapes: [users], user numbers
     """
     found = np.arange(1, len(splits.roles) + 1, dtype=np.int32)
     certified = splits.roles == CERTIFICATE
     for part in (np.flatnonzero(certified), np.flatnonzero(~certified)):
-        ring = np.random.default_rng((seed, 77)).permutation(part)
-        found[ring] = np.roll(ring, 1) + 1
+        drawn = np.random.default_rng((seed, 77)).random(len(part))
+        by_length = part[np.lexsort((drawn, lengths[part]))]
+        for pair in np.array_split(by_length, max(len(part) // 2, 1)):  # of an odd number, one group has three
+            found[pair] = np.roll(pair, 1) + 1
     return found
 
 
@@ -95,48 +100,65 @@ class Epoch:
 class Pool:
     """The targets that a training may draw.
 
-    Of users whose history is longer than a window, only a few cuts take part, each with one lag, drawn once: the windows
-    of a longer history have no beginning in common, and each costs a pass of the language model. Shorter histories
-    take part with all their cuts, at any lag, as one pass serves them all.
+    Of users whose history is longer than a window, knowledge is asked for a few cuts only, each with one lag, drawn
+    once: the windows of a longer history have no beginning in common, and each costs a pass of the language model. Their
+    other cuts take part without knowledge, so that no target is lost. Shorter histories are asked at all their cuts and
+    any lag, as one pass serves them all.
 
     Args:
         train: All training samples.
         n_history: Items of a window.
-        n_cuts: Cuts of a user with a longer history; 0: all.
+        n_cuts: Cuts of a user with a longer history that knowledge is asked for; 0: all.
         lagged: Whether knowledge may be old.
         seed: Of what is drawn once.
+        others: Whether the other cuts take part.
     """
 
-    def __init__(self, train: Samples, n_history: int, n_cuts: int, lagged: bool, seed: int) -> None:
+    def __init__(
+        self, train: Samples, n_history: int, n_cuts: int, lagged: bool, seed: int, others: bool = True
+    ) -> None:
         random = np.random.default_rng((seed, 11))
         longest = np.zeros(int(train.users.max(initial=0)) + 1, np.int64)
         np.maximum.at(longest, train.users, train.cuts)
         long = (longest[train.users] > n_history) & (n_cuts > 0)
-        rows = np.sort(np.concatenate([np.flatnonzero(~long), _few(train.users, np.flatnonzero(long), n_cuts, random)]))
-        self.samples = train.take(rows)
+        read = ~long
+        read[_few(train.users, np.flatnonzero(long), n_cuts, random)] = True
+        rows = np.arange(len(train)) if others else np.flatnonzero(read)
+        self.samples, self.read = train.take(rows), read[rows]
         self.lagged, self.seed = lagged, seed
-        self.lags = np.where(long[rows], _lags(len(rows), random) if lagged else 0, -1)
+        self.lags = np.full(len(rows), -1)
+        fixed = np.flatnonzero(long[rows] & self.read)
+        self.lags[fixed] = _lags(len(fixed), random) if lagged else 0
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def epoch(self, number: int, cuts_per_epoch: int, dropout: float) -> Epoch:
+    def epoch(self, number: int, cuts_per_epoch: int, dropout: float, spoken: bool = False) -> Epoch:
         """Draw an epoch: some cuts of each user, in random order; the same for the same number.
 
         Args:
             number: Which epoch.
-            cuts_per_epoch: Cuts of each user.
+            cuts_per_epoch: Cuts of each user. Where knowledge is asked for some of them only, half are such.
             dropout: Share of the targets whose knowledge is left out.
+            spoken: Draw only targets that knowledge is asked for.
         """
-        random = np.random.default_rng((self.seed, 12, number))
-        rows = random.permutation(_few(self.samples.users, np.arange(len(self)), cuts_per_epoch, random))
+        random = np.random.default_rng((self.seed, 15 if spoken else 12, number))
+        rows = random.permutation(self._drawn(cuts_per_epoch, spoken, random))
         drawn = _lags(len(rows), random) if self.lagged else np.zeros(len(rows), np.int64)
         lags = np.where(self.lags[rows] >= 0, self.lags[rows], drawn)
-        return Epoch(rows, lags, random.random(len(rows)) < dropout)
+        return Epoch(rows, lags, ~self.read[rows] | (random.random(len(rows)) < dropout))
 
-    def size(self, cuts_per_epoch: int) -> int:
+    def _drawn(self, most: int, spoken: bool, random: np.random.Generator) -> Ints:
+        users, read, rest = self.samples.users, np.flatnonzero(self.read), np.flatnonzero(~self.read)
+        if spoken or not len(rest):
+            return _few(users, read, most, random)
+        mixed = np.isin(users[read], users[rest])
+        known = [_few(users, read[~mixed], most, random), _few(users, read[mixed], -(-most // 2), random)]
+        return np.concatenate([*known, _few(users, rest, most // 2, random)])
+
+    def size(self, cuts_per_epoch: int, spoken: bool = False) -> int:
         """Return how many targets an epoch has."""
-        return int(np.minimum(np.bincount(self.samples.users), cuts_per_epoch).sum())
+        return len(self._drawn(cuts_per_epoch, spoken, np.random.default_rng(0)))
 
 
 def _few(users: NDArray[np.int32], rows: Ints, most: int, random: np.random.Generator) -> Ints:

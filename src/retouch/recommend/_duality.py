@@ -1,5 +1,8 @@
 """The loop that trains a policy: a step on the weights against the constraint's price, a step on the price, and so on.
 
+The new parts are trained alone first: a generator that moves before there is knowledge spends the limit of harm on
+plain further training.
+
 The constraint is measured on targets that cross-entropy never sees, with dropout off: with it on, a policy that equals
 the reference looks harmful. After each epoch everything is saved; a run that goes on from there ends, on a CPU, with
 the same bits as one that was never stopped.
@@ -40,6 +43,9 @@ __all__ = ["Duality"]
 _log = logging.getLogger(__name__)
 
 REVIVE_STEPS = 100
+SETTLED = 0.1
+"""What the rate of new parts that were trained alone is multiplied by when all is trained."""
+
 STUCK = 0.2
 """A price that stands at its maximum for this share of the steps means that the limit cannot be met."""
 
@@ -76,7 +82,8 @@ class Duality:
         self.policy, self.plan, self.pool, self.asked, self.watched = policy, plan, pool, asked, watched
         self.judges, self.judged, self.catalogue, self.place, self.key = judges, judged or asked, catalogue, place, key
         self.data: Interactions = asked.data
-        self.at = Recorded()
+        self.at = Recorded(alone=plan.n_alone > 0 and len(policy.new_parts) > 0)
+        self._lengths = {alone: -(-pool.size(plan.cuts_per_epoch, alone) // plan.batch_size) for alone in (True, False)}
         self.prices = {name: plan.prices.make() for name in self._names()}
         self.steps: list[list[list[float]]] = []  # of each step and group: price, harm, smoothed harm
         self.groups = activity_groups(self.data, asked.splits, watched.samples)
@@ -91,11 +98,13 @@ class Duality:
 
     def _optimizer(self) -> torch.optim.AdamW:
         """Give the generator one rate and the new parts another; only matrices decay, and embeddings do not."""
+        self.policy.generator.requires_grad_(not self.at.alone)
+        settled = SETTLED if self.at.begun_epoch else 1.0
         old = _training.adamw(self.policy.generator, self.plan.weight_decay, ("embeddings", "positions"))
         new = _training.adamw(nn.ModuleList(self.policy.new_parts), self.plan.weight_decay, ())
         groups = [
             {**{k: g[k] for k in ("params", "weight_decay")}, "peak": peak}
-            for optimizer, peak in ((old, self.plan.learning_rate), (new, self.plan.learning_rate_new))
+            for optimizer, peak in ((old, self.plan.learning_rate), (new, self.plan.learning_rate_new * settled))
             for g in optimizer.param_groups
             if g["params"]
         ]
@@ -103,8 +112,13 @@ class Duality:
 
     @property
     def n_steps(self) -> int:
-        """Steps of the longest training."""
-        return self.plan.n_epochs * -(-self.pool.size(self.plan.cuts_per_epoch) // self.plan.batch_size)
+        """Steps of the longest training that goes on: of the new parts alone, or of all."""
+        return (self.plan.n_alone if self.at.alone else self.plan.n_epochs) * self._lengths[self.at.alone]
+
+    @property
+    def n_warm_up(self) -> int:
+        """Steps in which its rates rise: a twentieth at most, so that what is kept has seen full rates."""
+        return min(self.plan.warm_up_steps, self.n_steps // 20)
 
     # ------------------------------------------------------------ all epochs
 
@@ -115,6 +129,7 @@ class Duality:
         while not self.at.done:
             loss = self._epoch()
             self._judge(loss)
+            self._advance()
             self.at.seconds = before + time.monotonic() - begun
             if self.at.done:
                 self._conclude()
@@ -124,14 +139,17 @@ class Duality:
         return self.at
 
     def _epoch(self) -> float:
-        epoch = self.pool.epoch(self.at.epoch, self.plan.cuts_per_epoch, self.plan.knowledge_dropout)
+        number, alone = self.at.epoch - self.at.begun_epoch, self.at.alone
+        dropout = 0.0 if alone else self.plan.knowledge_dropout  # without knowledge the new parts learn nothing
+        epoch = self.pool.epoch(number, self.plan.cuts_per_epoch, dropout, alone)
         lengths = np.minimum(self.pool.samples.cuts[epoch.rows], self.policy.generator.n_history)
-        random = np.random.default_rng((self.plan.seed, 13, self.at.epoch))
+        random = np.random.default_rng((self.plan.seed, 16 if alone else 13, number))
         total = 0.0
         for part in _training.parts(lengths, np.arange(len(epoch.rows)), self.plan.batch_size):
             batch = Epoch(epoch.rows[part], epoch.lags[part], epoch.silent[part])
             total += self.learn(batch, self._constrained(batch, random)) * len(part)
-            report("Training with knowledge", self.at.step, self.n_steps)
+            what = "Training the new parts" if alone else "Training with knowledge"
+            report(what, self.at.step - self.at.begun_step, self.n_steps)
         self.at.epoch += 1
         return total / len(epoch.rows)
 
@@ -143,7 +161,10 @@ class Duality:
             return {"all": batch.rows}
         n = max(4, len(batch.rows) // 4)
         known = balanced(tuple(self.groups.values()), n - n // 4, random)
-        return dict(zip(self.groups, known)) | {SILENT: random.integers(0, len(self.watched), n // 4)}
+        drawn = dict(zip(self.groups, known))
+        if self.at.alone:  # without knowledge nothing has moved
+            return drawn
+        return drawn | {SILENT: random.integers(0, len(self.watched), n // 4)}
 
     # ------------------------------------------------------------ one step
 
@@ -155,12 +176,15 @@ class Duality:
                 f"The policy's loss is {value} at step {self.at.step}. Lower the learning rates "
                 f"({self.plan.learning_rate:g} and {self.plan.learning_rate_new:g})."
             )
+        step = self.at.step - self.at.begun_step
         for group in self.optimizer.param_groups:
-            group["lr"] = _training.learning_rate(self.at.step, self.n_steps, group["peak"], self.plan.warm_up_steps)
+            group["lr"] = _training.learning_rate(step, self.n_steps, group["peak"], self.n_warm_up)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.plan.clip)
         self.optimizer.step()
+        if self.policy.fusion is not None:
+            self.policy.fusion.follow(told.moved[: int((~batch.silent).sum())])
         self._move_prices(harms)
         self.at.step += 1
         self._tend_books(told)
@@ -186,7 +210,7 @@ class Duality:
         residual = told.residual.new_zeros(len(samples), told.residual.shape[1])
         residual = residual.index_copy(0, torch.from_numpy(spoken).to(residual.device), told.residual[: len(spoken)])
         harms = self._harms(constrained, residual, told.residual[len(spoken) :])
-        self.policy.train()
+        self.policy.train()  # a frozen generator, too: targets learnt by heart teach the new parts nothing
         seen, targets = windows(self.data, samples, self.policy.generator.n_history)
         log_probs = self.policy.code_log_probs(
             torch.from_numpy(seen), torch.from_numpy(targets).long(), residual if len(spoken) else None
@@ -203,7 +227,7 @@ class Duality:
         drawn = {name: rows for name, rows in constrained.items() if len(rows)}
         if not drawn:
             return {}
-        n_silent = 0 if self.plan.constraint == "batch" else len(constrained[SILENT])
+        n_silent = len(drawn.get(SILENT, ()))
         residual = of_batch if self.plan.constraint == "batch" else torch.cat(
             [of_watched, of_watched.new_zeros(n_silent, of_watched.shape[1])]
         )  # fmt: skip
@@ -229,7 +253,9 @@ class Duality:
         if not isinstance(books, Instructions) or not books.quantise or not len(told.codes):
             return
         books.count(told.codes)
-        if self.at.step % REVIVE_STEPS == 0 and self.at.step <= self.n_steps / 2:
+        step = self.at.step - self.at.begun_step
+        first = not self.at.begun_epoch  # words that change hands late unsettle what was learnt of them
+        if first and step % REVIVE_STEPS == 0 and step <= self.n_steps / 2:
             books.revive(told.state, self.optimizer)
 
     # ------------------------------------------------------------ judging an epoch
@@ -240,21 +266,34 @@ class Duality:
         samples = self.judges.samples
         told = self.policy.residuals(self.judged.windows(samples))
         ndcg = self._ndcg(samples, told)
-        harms = means(self.judges.measure(self.policy.generator, told), self.judge_groups)
+        each, gains = self.judges.compare(self.policy.generator, told)
+        harms, gain = means(each, self.judge_groups), float(gains.mean())
         harms[SILENT] = float(self.judges.measure(self.policy.generator, None).mean())
         worst = max(harms.values())
         self.at.epochs.append({
-            "epoch": self.at.epoch, "step": self.at.step, "loss": loss, "ndcg@10": ndcg, "harm": harms,
+            "epoch": self.at.epoch, "step": self.at.step, "alone": self.at.alone, "loss": loss, "gain": gain,
+            "ndcg@10": ndcg, "harm": harms,
             "price": {name: price.value for name, price in self.prices.items()},
             "books": [asdict(book) for book in self._books(samples)],
         })  # fmt: skip
-        if self._is_better(ndcg, worst):
-            self.at.chosen_epoch, self.at.chosen_ndcg, self.at.chosen_harm = self.at.epoch, ndcg, worst
+        if self._is_better(gain, worst):
+            self.at.chosen_epoch, self.at.chosen_gain, self.at.chosen_harm = self.at.epoch, gain, worst
             self.at.chosen_is_feasible = worst <= self.plan.prices.limit
             self.best = {name: value.detach().clone() for name, value in self.policy.state_dict().items()}
-        waited = self.at.epoch - self.at.chosen_epoch
-        self.at.done = waited >= self.plan.patience or self.at.epoch >= self.plan.n_epochs
-        _log.info("epoch %d: loss %.4f, NDCG@10 %.4f, harm %.4f", self.at.epoch, loss, ndcg, worst)
+        _log.info("epoch %d: loss %.4f, gain %.4f, NDCG@10 %.4f, harm %.4f", self.at.epoch, loss, gain, ndcg, worst)
+
+    def _advance(self) -> None:
+        """End what goes on when nothing better comes: the new parts alone, then all from their best epoch on."""
+        at, plan = self.at, self.plan
+        warm = at.begun_epoch + -(-self.n_warm_up // self._lengths[at.alone])
+        waited = at.epoch - max(at.chosen_epoch, warm)
+        over = waited >= plan.patience or at.epoch - at.begun_epoch >= (plan.n_alone if at.alone else plan.n_epochs)
+        if over and at.alone:
+            self.policy.load_state_dict(self.best)
+            at.alone, at.begun_epoch, at.begun_step = False, at.epoch, at.step
+            self.optimizer = self._optimizer()
+        else:
+            at.done = over
 
     @torch.no_grad()
     def _books(self, samples: Samples) -> list[Usage]:
@@ -275,14 +314,18 @@ class Duality:
         )
         return float(per_user(samples.users, values(scorer.ranks(samples), ("ndcg@10",)))[1].mean())
 
-    def _is_better(self, ndcg: float, worst: float) -> bool:
-        """The last iterate swings around the limit, so an epoch within it comes before any that is not."""
+    def _is_better(self, gain: float, worst: float) -> bool:
+        """The last iterate swings around the limit, so an epoch within it comes before any that is not.
+
+        Epochs are told apart by the likelihood of the true items: a difference of NDCG between two of them is far below
+        what chance makes of a few hundred users.
+        """
         if self.plan.choice == "best" or self.plan.constraint == "none":
-            return ndcg > self.at.chosen_ndcg
+            return gain > self.at.chosen_gain
         feasible = worst <= self.plan.prices.limit
         if feasible != self.at.chosen_is_feasible or not self.at.chosen_epoch:
             return feasible or not self.at.chosen_epoch
-        return ndcg > self.at.chosen_ndcg if feasible else worst < self.at.chosen_harm
+        return gain > self.at.chosen_gain if feasible else worst < self.at.chosen_harm
 
     def _conclude(self) -> None:
         """Say what the reader must know of a training that did not go as wished."""
@@ -291,6 +334,11 @@ class Duality:
             self.note(
                 f"No epoch kept the harm of validation users within {limit:g} in every group; the least harmful one "
                 f"({self.at.chosen_harm:.3g}) is kept."
+            )
+        if self.at.chosen_gain <= 0:
+            self.note(
+                "No epoch within the limit made the true items of validation users likelier than the reference does; the "
+                f"one that is kept gains {self.at.chosen_gain:.3g} nats per code."
             )
         for k, book in enumerate(self._books(self.judges.samples)):
             if book.collapsed:
@@ -334,6 +382,7 @@ class Duality:
         if facts["key"] != self.key:
             raise RetouchError(f"{self.place} holds the state of another training. Give an empty folder.")
         self.at = Recorded(**facts["at"])
+        self.optimizer = self._optimizer()
         self.best = _training.under("best", tensors)
         self.steps = tensors["steps"].tolist()
         for name, (value, smoothed) in facts["prices"].items():

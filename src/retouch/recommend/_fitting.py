@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import store
 from ..bound import upper_bound
+from ..errors import UserError
 from ..model import Model
 from ._adaptor import FixedKnowledge
 from ._draws import LAGS, Asked, Pool, partners
@@ -36,21 +37,26 @@ if TYPE_CHECKING:
 __all__ = ["build", "fit_policy"]
 
 AnySource = LanguageKnowledge | TextKnowledge | FixedKnowledge
-_FORMAT = 1
+_FORMAT = 2
 _BEGIN_ROWS = 20_000
 _SMALL, _LARGE = 2_000, 1_000_000
 """Numbers of users that decide how many words a book has."""
+_SPREAD_ROWS = 512
+"""Histories whose knowledge says how knowledge is spread over users."""
+_PRICED_STEPS, _HASTE = 800, 8.0
+"""A training of fewer steps moves its prices faster, but never by more than the second: they would only swing."""
 
 
 def fit_policy(method: LWGR, run: Run) -> PolicyScorer:
     """Train a policy as the method says; see `retouch.recommend.lwgr.LWGR.fit`."""
     settled, reference, catalogue = method.settled(), run.needs_reference().eval(), run.needs_catalogue()
+    _require_watched(settled, run)
     devices = [torch.device(run.device)] if run.device.startswith("cuda") else []
     with torch.random.fork_rng(devices=devices):  # the caller's generators are left as they were
         torch.manual_seed(method.seed)
-        pool = Pool(run.splits.train, reference.n_history, method.cuts_pool, settled.lagged, method.seed)
+        pool = _pool(method, settled, run)
         own = Asked(run.data, run.splits, reference.n_history)
-        other = Asked(run.data, run.splits, reference.n_history, partners(run.splits, method.seed))
+        other = Asked(run.data, run.splits, reference.n_history, partners(run.splits, run.data.lengths, method.seed))
         asked = other if method.knowledge == "shuffled" else own
         judged = other if method.knowledge.startswith("shuffled") else own
         policy = build(method, run)
@@ -60,14 +66,14 @@ def fit_policy(method: LWGR, run: Run) -> PolicyScorer:
         key = _key(method, run, reference)
         place = None if run.folder is None else run.folder / f"{method.name}-{key[:12]}"
         training = Duality(
-            policy, _plan(method, settled, run), pool, asked,
+            policy, _plan(method, settled, run, pool), pool, asked,
             Watch(watched, reference, run.data, catalogue, method.harm, settled.slack),
             Watch(judges, reference, run.data, catalogue, method.harm, settled.slack),
             catalogue, place, key, judged,
         )  # fmt: skip
         _warn_early(training, settled, run)
         if not _is_finished(training):
-            _prepare(policy, pool, asked, judged, run, judges)
+            _prepare(policy, pool, asked, judged, run, judges, method.seed)
         torch.manual_seed(method.seed + 1)  # what was drawn while preparing decides nothing
         at = training.run()
     record = {"key": key, "settings": method.to_dict(), "settled": asdict(settled), **asdict(at)}
@@ -149,6 +155,24 @@ def _codewords(method: LWGR, run: Run) -> int:
     return 16 if run.data.n_users < _SMALL else 256 if run.data.n_users > _LARGE else 64
 
 
+def _require_watched(settled: Settled, run: Run) -> None:
+    """Say before any work that the constraint has nobody to watch."""
+    if settled.constraint in ("slice", "fixed") and not len(run.splits.constraint):
+        raise UserError(
+            f"None of the {run.data.n_users} users of {run.data.name} is kept back for the constraint (a tenth is, by a "
+            f"hash of their ids with seed {run.splits.seed}). Give more users, split them with another seed, or set "
+            "constraint='batch' or 'none'."
+        )
+
+
+def _pool(method: LWGR, settled: Settled, run: Run) -> Pool:
+    """Draw once which targets a language model is asked for; without one, all are."""
+    n_cuts = 0 if method.knowledge in ("none", "text") else method.cuts_pool
+    others = settled.knowledge_dropout > 0  # they would be trained without knowledge
+    n_history = run.needs_reference().n_history
+    return Pool(run.splits.train, n_history, n_cuts, settled.lagged, method.seed, others)
+
+
 def _begin(policy: Policy, pool: Pool, asked: Asked, seed: int) -> None:
     """Measure the states of training users, and place the words of the books among them."""
     if not isinstance(policy.instructions, Instructions):
@@ -164,17 +188,20 @@ def _begin(policy: Policy, pool: Pool, asked: Asked, seed: int) -> None:
 # ---------------------------------------------------------------- the training
 
 
-def _plan(method: LWGR, settled: Settled, run: Run) -> Plan:
+def _plan(method: LWGR, settled: Settled, run: Run, pool: Pool) -> Plan:
+    cuts = method.cuts_per_epoch or (8 if run.data.n_users < _SMALL else 1)
     unit = settled.max_harm if settled.price_relative else 1.0
+    if settled.price_relative and method.price_step is None:
+        n_steps = method.n_epochs * -(-pool.size(cuts) // method.batch_size)
+        unit /= min(max(1.0, _PRICED_STEPS / n_steps), _HASTE)
     maximum = float("inf") if settled.price_maximum is None else settled.price_maximum
     prices = Prices(
         settled.max_harm, settled.price, settled.price_step / unit, settled.price_damping / unit, maximum,
         0.9 if settled.price_relative else 0.0,
     )  # fmt: skip
     return Plan(
-        settled.constraint, prices, settled.choice, method.batch_size, method.n_epochs, method.patience,
-        method.cuts_per_epoch or (8 if run.data.n_users < _SMALL else 1), settled.knowledge_dropout,
-        method.learning_rate, method.learning_rate_new, method.warm_up_steps, method.weight_decay, method.clip,
+        settled.constraint, prices, settled.choice, method.batch_size, settled.n_alone, method.n_epochs,
+        method.patience, cuts, settled.knowledge_dropout, settled.learning_rate, method.learning_rate_new, method.warm_up_steps, method.weight_decay, method.clip,
         method.validation_beams, method.seed,
     )  # fmt: skip
 
@@ -195,18 +222,20 @@ def _is_finished(training: Duality) -> bool:
     return found is not None and found[1]["key"] == training.key and bool(found[1]["at"]["done"])
 
 
-def _prepare(policy: Policy, pool: Pool, asked: Asked, judged: Asked, run: Run, judges: Samples) -> None:
-    """Let the source of knowledge read ahead all histories that the training will ask about."""
+def _prepare(policy: Policy, pool: Pool, asked: Asked, judged: Asked, run: Run, judges: Samples, seed: int) -> None:
+    """Let the source of knowledge read ahead all histories that the training will ask about, and measure it."""
     if policy.source is None:
         return
-    free = pool.samples.take(pool.lags < 0)  # at any lag
+    free = pool.samples.take(pool.read & (pool.lags < 0))  # at any lag
+    first = asked.windows(pool.samples.take(pool.read), np.maximum(pool.lags[pool.read], 0))
     windows: list[NDArray[np.int32]] = [
-        asked.windows(pool.samples, np.maximum(pool.lags, 0)),
+        first,
         *(asked.windows(free, lag) for lag in LAGS[0][1:] if pool.lagged),
         asked.windows(run.splits.constraint),
         judged.windows(judges),
     ]
     policy.source.prepare(np.concatenate(windows))
+    policy.begin(first[np.random.default_rng(seed).permutation(len(first))[:_SPREAD_ROWS]])
 
 
 def _key(method: LWGR, run: Run, reference: Generator) -> str:

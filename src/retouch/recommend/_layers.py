@@ -1,7 +1,7 @@
 """The layers of the reference generator: T5's block, without biases, with RMS norms before each part.
 
-Rows of the decoder (beams, candidates) share the encoder's keys and values: a `Grouping` lays all rows of one request
-side by side as queries, so nothing of the memory is ever copied for a beam.
+Rows of the decoder (beams, candidates) share the encoder's keys and values: all rows of one request lie side by side as
+queries, so nothing of the memory is ever copied for a beam.
 """
 
 from __future__ import annotations
@@ -22,13 +22,21 @@ MASKED = -1e9
 class RMSNorm(nn.Module):
     """Divide by the root mean square, and scale."""
 
+    mean: Tensor
+    least: Tensor
+
     def __init__(self, d_model: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(d_model))
+        self.register_buffer("mean", torch.full((1, d_model), 1 / d_model), persistent=False)
+        self.register_buffer("least", torch.tensor([1e-6]), persistent=False)
 
     def forward(self, states: Tensor) -> Tensor:
         """Return the normalised states."""
-        return F.rms_norm(states, self.weight.shape, self.weight, 1e-6)
+        if torch.is_grad_enabled():
+            return F.rms_norm(states, self.weight.shape, self.weight, 1e-6)
+        scale = F.linear(states * states, self.mean, self.least).rsqrt_()
+        return (states * scale).mul_(self.weight)  # the same, at half the price of torch's own on a CPU
 
 
 class Dropout(nn.Module):
@@ -81,12 +89,17 @@ class PositionBias(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(buckets, heads))
         self.two_sided, self.farthest = two_sided, farthest
+        self._buckets: dict[tuple[int, int], Tensor] = {}
 
     def forward(self, queries: int, keys: int) -> Tensor:
         """Return the bias of `queries` positions, the last of which is the last key, towards `keys` positions."""
-        device = self.weight.device
-        here = torch.arange(keys - queries, keys, device=device)[:, None]
-        return self.weight[self._bucket(torch.arange(keys, device=device)[None] - here)].permute(2, 0, 1)[None]
+        found = self._buckets.get((queries, keys))
+        if found is None or found.device != self.weight.device:
+            with torch.inference_mode(False):  # what is kept must serve a training, too
+                here = torch.arange(keys - queries, keys, device=self.weight.device)[:, None]
+                found = self._bucket(torch.arange(keys, device=self.weight.device)[None] - here)
+            self._buckets[queries, keys] = found
+        return self.weight[found].permute(2, 0, 1)[None]
 
     def _bucket(self, distance: Tensor) -> Tensor:
         """Near distances have a bucket each, far ones share; a two-sided bias gives each side half."""
@@ -121,7 +134,7 @@ class Attention(nn.Module):
     def keys_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Return what others attend to."""
         keys, values = self.key_value(states).chunk(2, -1)
-        return self._split(keys), self._split(values)
+        return self.split(keys), self.split(values)
 
     def forward(self, states: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
         """Let states look at keys, and return what they see."""
@@ -129,7 +142,7 @@ class Attention(nn.Module):
 
     def look(self, queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
         """Attend with queries that are made already; the heads come back side by side."""
-        split = self._split(queries)
+        split = self.split(queries)
         if self.training:  # the fused kernel takes no gradient of a bias
             scores = split @ keys.mT * split.shape[-1] ** -0.5
             weights = (scores if bias is None else scores + bias).softmax(-1)
@@ -138,7 +151,24 @@ class Attention(nn.Module):
             seen = F.scaled_dot_product_attention(split, keys, values, bias)
         return seen.transpose(1, 2).flatten(2)
 
-    def _split(self, states: Tensor) -> Tensor:
+    def step(self, states: Tensor, held: Tensor, bias: Tensor) -> Tensor:
+        """Let one more position look at itself and those before it; its keys and values take the last place of `held`.
+
+        Shapes:
+            states: (rows, d_model); held: (rows, positions, 2, heads, d_head), keys before values; bias: (positions,
+            heads). Returns (rows, d_model).
+        """
+        held[:, -1] = self.key_value(states).view(-1, *held.shape[2:])
+        keys, values = held.unbind(2)
+        if held.shape[1] == 1:
+            return self.out(values.flatten(1))  # type: ignore[no-any-return]
+        queries = self.query(states).view(-1, 1, *held.shape[3:])
+        # a few keys a row: products of single numbers cost half of what matrices of this size do
+        weights = torch.add(bias, (keys * queries).sum(-1), alpha=held.shape[-1] ** -0.5).softmax(1)
+        return self.out((weights.unsqueeze(-1) * values).sum(1).flatten(1))  # type: ignore[no-any-return]
+
+    def split(self, states: Tensor) -> Tensor:
+        """Cut states into heads. Shapes: (rows, positions, all) -> (rows, heads, positions, d_head)"""
         return states.view(*states.shape[:2], self.heads, -1).transpose(1, 2)
 
 
@@ -177,41 +207,37 @@ class EncoderBlock(nn.Module):
 
 
 class Grouping:
-    """Which request each decoder row belongs to, and how rows of one request are laid side by side.
+    """How decoder rows of one request are laid side by side.
 
     Args:
-        rows: The request of each row; None when each request has the same number of rows, in order.
+        rows: The request of each row.
         requests: How many requests there are.
     """
 
-    def __init__(self, rows: Tensor | None, requests: int) -> None:
-        self.rows, self.requests, self.width = rows, requests, 0
-        if rows is None:
+    def __init__(self, rows: Tensor, requests: int) -> None:
+        self.rows, self.requests, self.width = rows, requests, len(rows) // max(requests, 1)
+        even = torch.arange(requests, device=rows.device).repeat_interleave(self.width)
+        self.even = len(even) == len(rows) and torch.equal(rows, even)
+        if self.even:
             return
         counts = torch.bincount(rows, minlength=requests)
         self.width = int(counts.max())
-        even = torch.arange(requests, device=rows.device).repeat_interleave(self.width)
-        if len(rows) == len(even) and torch.equal(rows, even):
-            self.rows = None
-            return
         order = rows.argsort(stable=True)
         place = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows[order]]
         self.slots = torch.empty_like(place)
         self.slots[order] = place
 
     def together(self, states: Tensor) -> Tensor:
-        """Lay (rows, positions, d) as (requests, rows of a request x positions, d)."""
-        if self.rows is None:
-            return states.reshape(self.requests, -1, states.shape[-1])
-        laid = states.new_zeros(self.requests, self.width, *states.shape[1:])
+        """Lay (rows, d) as (requests, most rows of a request, d)."""
+        if self.even:
+            return states.view(self.requests, self.width, -1)
+        laid = states.new_zeros(self.requests, self.width, states.shape[-1])
         laid[self.rows, self.slots] = states
-        return laid.flatten(1, 2)
+        return laid
 
-    def apart(self, states: Tensor, positions: int) -> Tensor:
+    def apart(self, states: Tensor) -> Tensor:
         """Undo `together`."""
-        if self.rows is None:
-            return states.reshape(-1, positions, states.shape[-1])
-        return states.view(self.requests, self.width, positions, -1)[self.rows, self.slots]
+        return states.flatten(0, 1) if self.even else states[self.rows, self.slots]
 
 
 class DecoderBlock(nn.Module):
@@ -225,22 +251,33 @@ class DecoderBlock(nn.Module):
         self.norms = nn.ModuleList(RMSNorm(d_model) for _ in range(3))
         self.dropout = Dropout(dropout)
 
-    def forward(
+    def forward(self, states: Tensor, bias: Tensor, memory: tuple[Tensor, Tensor], memory_bias: Tensor) -> Tensor:
+        """Return the states after this block; all rows of a request ask one copy of its memory."""
+        normed = self.norms[0](states)
+        states = states + self.dropout(self.attention(normed, *self.attention.keys_values(normed), bias))
+        queries = self.cross.query(self.norms[1](states))
+        together = queries.view(len(memory_bias), -1, queries.shape[-1])
+        seen = self.cross.look(together, *memory, memory_bias).view(queries.shape)
+        states = states + self.dropout(self.cross.out(seen))
+        return states + self.dropout(self.feed_forward(self.norms[2](states)))  # type: ignore[no-any-return]
+
+    def step(
         self,
         states: Tensor,
+        held: Tensor,
         bias: Tensor,
         memory: tuple[Tensor, Tensor],
-        memory_bias: Tensor,
+        memory_bias: Tensor | None,
         grouping: Grouping,
-        past: tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Return the states after this block, and the keys and values of their positions with the `past` ones."""
-        normed = self.norms[0](states)
-        keys, values = self.attention.keys_values(normed)
-        if past is not None:
-            keys, values = torch.cat([past[0], keys], 2), torch.cat([past[1], values], 2)
-        states = states + self.dropout(self.attention(normed, keys, values, bias))
+    ) -> Tensor:
+        """Return the states of one more position after this block, without dropout and gradients.
+
+        Shapes:
+            see `Attention.step`; memory: (requests, heads, positions, d_head)
+        """
+        states = self.attention.step(self.norms[0](states), held, bias).add_(states)
         queries = grouping.together(self.cross.query(self.norms[1](states)))
-        seen = grouping.apart(self.cross.look(queries, *memory, memory_bias), states.shape[1])
-        states = states + self.dropout(self.cross.out(seen))
-        return states + self.dropout(self.feed_forward(self.norms[2](states))), (keys, values)
+        seen = F.scaled_dot_product_attention(self.cross.split(queries), *memory, memory_bias)
+        states += self.cross.out(grouping.apart(seen.transpose(1, 2).flatten(2)))
+        states += self.feed_forward.down(self.feed_forward.up(self.norms[2](states)).relu_())
+        return states

@@ -1,6 +1,7 @@
 """What a server finds in the store about a batch of users: histories, and records that may be used.
 
-A store that fails costs quality and never an answer: it is counted, left alone for a while, and nothing is found.
+A store that fails costs quality and never an answer: it is counted, left alone for a while, and nothing is found. In a
+server nobody who waits for an answer finds out whether it is back: that is for the thread that looks at the store anyway.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from ..errors import StoreDown
-from .record import N_HISTORY, Record, history_hash
+from .record import N_HISTORY, N_TAIL, Record, history_hash, tail_hash
 from .stores import Past, Store
 
 __all__ = ["Looked", "Looker", "lag_of"]
 
 T = TypeVar("T")
+
+_LONGEST_S = 30.0
+"""The longest rest."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,22 +40,39 @@ class Looked:
 
 
 class Looker:
-    """Ask a store, and give it a rest after it failed.
+    """Ask a store, and give it a rest after it failed, twice as long each time until it answers.
 
     Args:
         store: The store; None: nothing is ever found.
         namespace: Whose records are read: the fingerprint of the bundle that answers.
-        rest_s: For how long a store that failed is not asked.
+        rest_s: For how long a store that failed is not asked, the first time.
+        probed: Whether somebody calls `probe`; then only that ends a rest.
     """
 
-    def __init__(self, store: Store | None, namespace: str, rest_s: float = 1.0) -> None:
-        self.store, self.namespace, self.rest_s = store, namespace, rest_s
-        self._resting_until = 0.0
+    def __init__(self, store: Store | None, namespace: str, rest_s: float = 1.0, probed: bool = False) -> None:
+        self.store, self.namespace, self.rest_s, self.probed = store, namespace, rest_s, probed
+        self._down, self._until, self._rest_s = False, 0.0, rest_s
 
     @property
     def resting(self) -> bool:
-        """Whether the store failed a moment ago."""
-        return time.monotonic() < self._resting_until
+        """Whether the store failed and is not asked now."""
+        return self._down and (self.probed or time.monotonic() < self._until)
+
+    def probe(self) -> None:
+        """Ask a store that failed and has had its rest, from a thread that nobody waits for."""
+        if self.store is None or not self._down or time.monotonic() < self._until:
+            return
+        try:
+            for kind in ("records", "histories"):
+                self._asked(self.store, kind)(["-"])
+        except StoreDown:
+            self._failed()
+        else:
+            self._down = False  # the rest stays as long until a look succeeds
+
+    def _failed(self) -> None:
+        self._down, self._until = True, time.monotonic() + self._rest_s
+        self._rest_s = min(2 * self._rest_s, _LONGEST_S)
 
     def look(self, users: Sequence[str | None], needs_history: Sequence[bool]) -> Looked:
         """Find histories and records.
@@ -76,8 +97,9 @@ class Looker:
             values = self._asked(self.store, kind)(names)
         except StoreDown:
             errors[kind] += 1
-            self._resting_until = time.monotonic() + self.rest_s
+            self._failed()
             return
+        self._down, self._rest_s = False, self.rest_s
         held = dict(zip(names, values))
         for i in places:
             into[i] = held[str(users[i])]  # type: ignore[assignment]
@@ -92,7 +114,7 @@ def lag_of(record: Record, history: Sequence[str], length: int, most: int) -> in
     """Count the items that a record does not know.
 
     A caller may send the end of a history alone. Then the lengths say nothing, but where the last items that the record
-    knew are all there, their hash does.
+    knew are all there, their hash does; and where just a few of them are, the hash of these few.
 
     Args:
         record: The record.
@@ -121,5 +143,10 @@ def lag_of(record: Record, history: Sequence[str], length: int, most: int) -> in
     for lag in range(most + 1):
         end = len(history) - lag
         if N_HISTORY <= end < record.history_length and history_hash(history[:end]) == record.history_hash:
+            return lag
+    for lag in range(most + 1):
+        end = len(history) - lag
+        known = N_TAIL <= end < min(N_HISTORY, record.history_length) and record.tail_hash
+        if known and tail_hash(history[:end]) == record.tail_hash:
             return lag
     return None

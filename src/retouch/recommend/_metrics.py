@@ -1,17 +1,23 @@
-"""The numbers that a server tells Prometheus, of this process or, with many workers, of all of them."""
+"""The numbers that a server or a nearline writer tells Prometheus; with many workers, of all of them."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, start_http_server
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 from .answers import Answer
 from .ladder import Answered
 
-__all__ = ["SHARED", "Metrics"]
+if TYPE_CHECKING:
+    from ._nearline import Done
+
+__all__ = ["SHARED", "Metrics", "NearlineMetrics"]
 
 SHARED = "PROMETHEUS_MULTIPROC_DIR"
 """The environment variable that names the folder where workers share their numbers; read when Python starts."""
@@ -43,7 +49,7 @@ class Metrics:
         self.invalid = Counter("retouch_invalid_items", "Items that must not have been shown: 0.", registry=own)
         self.namespace = Gauge(
             "retouch_namespace_info", "The namespace that is served.", ["namespace"], registry=own,
-            multiprocess_mode="max",
+            multiprocess_mode="livemax",
         )  # fmt: skip
 
     def answered(self, told: Answered) -> None:
@@ -82,7 +88,45 @@ class Metrics:
         """Return the numbers as Prometheus reads them."""
         registry = self.registry
         if SHARED in os.environ:
+            _leave_out_dead(Path(os.environ[SHARED]))
             registry = CollectorRegistry()
             MultiProcessCollector(registry)
         found: bytes = generate_latest(registry)
         return found
+
+
+def _leave_out_dead(folder: Path) -> None:
+    """Drop what workers that were killed last said of the present; what they counted stays."""
+    for file in folder.glob("gauge_live*_*.db"):
+        pid = int(file.stem.rpartition("_")[2])
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            with suppress(FileNotFoundError):  # another worker did it
+                mark_process_dead(pid, str(folder))
+        except PermissionError:
+            continue
+
+
+_LONG = (0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0)
+
+
+class NearlineMetrics:
+    """Count what a nearline writer does."""
+
+    def __init__(self) -> None:
+        self.registry = own = CollectorRegistry()
+        self.users = Counter("retouch_nearline_users", "Users that were looked at.", ["result"], registry=own)
+        self.seconds = Histogram("retouch_nearline_seconds", "Time of one look.", registry=own, buckets=_LONG)
+
+    def done(self, done: Done, seconds: float) -> None:
+        """Count one look."""
+        for result in ("written", "memo", "unchanged", "empty"):
+            self.users.labels(result).inc(getattr(done, result))
+        self.users.labels("failed").inc(len(done.failed))
+        self.seconds.observe(seconds)
+
+    def listen(self, port: int) -> int:
+        """Answer Prometheus at a port of this machine, 0 for a free one, until the process ends; return the port."""
+        server, _ = start_http_server(port, "127.0.0.1", self.registry)
+        return int(server.server_port)

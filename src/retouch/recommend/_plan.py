@@ -40,6 +40,7 @@ class Plan:
     prices: Prices
     choice: Choice
     batch_size: int
+    n_alone: int
     n_epochs: int
     patience: int
     cuts_per_epoch: int
@@ -55,12 +56,19 @@ class Plan:
 
 @dataclass
 class Recorded:
-    """How far a training is and what was seen, in numbers that JSON can hold."""
+    """How far a training is and what was seen, in numbers that JSON can hold.
+
+    ``alone`` says that only the new parts are trained; ``begun_epoch`` and ``begun_step`` are where that, or the training
+    of all, began. Gains are nats per code by which the true items of validation users became likelier.
+    """
 
     epoch: int = 0
     step: int = 0
+    alone: bool = False
+    begun_epoch: int = 0
+    begun_step: int = 0
     chosen_epoch: int = 0
-    chosen_ndcg: float = -1.0
+    chosen_gain: float = -math.inf
     chosen_harm: float = math.inf
     chosen_is_feasible: bool = False
     done: bool = False

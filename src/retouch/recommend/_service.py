@@ -47,6 +47,8 @@ class Service:
         if not bundles:
             raise UserError("A server needs a bundle.")
         self.ladders = {bundle.fingerprint: Ladder(bundle, store, settings) for bundle in bundles}
+        for ladder in self.ladders.values():
+            ladder.looker.probed = True
         self.current = self.ladders[bundles[0].fingerprint]
         self.store, self.connect, self.stock, self.metrics = store, connect, stock, Metrics()
         self.store_answers: bool | None = None
@@ -76,6 +78,8 @@ class Service:
             self.metrics.store_errors.labels("active").inc()
             return
         self.store_answers = True
+        for ladder in self.ladders.values():
+            ladder.looker.probe()
         if active in self.ladders and self.ladders[active] is not self.current:
             before, self.current = self.current, self.ladders[active]
             self.metrics.serving(active, before.bundle.fingerprint)
@@ -115,8 +119,10 @@ class Service:
         if request.k > beams:
             raise UserError(f"k must be a whole number from 1 to {beams}, the beams of this server; got {request.k}.")
 
-    def append(self, events: Sequence[tuple[str, str]]) -> int:
+    def append(self, events: Sequence[tuple[str, str]], key: str = "") -> int:
         """Put events into the queue of the nearline writer; return how many name an item that is not known.
+
+        With a key they are added once, however often they are sent.
 
         Raises:
             StoreDown: There is no store, or it does not answer.
@@ -124,7 +130,7 @@ class Service:
         if self.store is None:
             raise StoreDown("This server has no store to keep events in. Start it with a store.")
         try:
-            self.store.append(events)
+            self.store.append(events, key)
         except StoreDown:
             self.metrics.store_errors.labels("events").inc()
             raise

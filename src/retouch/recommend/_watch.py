@@ -76,11 +76,14 @@ class Watch:
 
     def _measured(self, reference: Generator) -> Tensor:
         reference.eval()
-        parts = torch.arange(len(self)).split(_ROWS)  # type: ignore[no-untyped-call]
         with torch.no_grad():
-            found = [self.scores(reference, rows, None) for rows in parts]
+            found = [self.scores(reference, rows, None) for rows in self._parts()]
         width = 1 + (RIVALS if self.rivals is not None else 0)
         return torch.cat(found) if found else torch.zeros(0, width)
+
+    def _parts(self) -> tuple[Tensor, ...]:
+        """Return the rows in batches; none where nobody is watched."""
+        return torch.arange(len(self)).split(_ROWS) if len(self) else ()  # type: ignore[no-untyped-call]
 
     def scores(self, generator: Generator, rows: Tensor, residual: Tensor | None) -> Tensor:
         """Return the log-probability in nats of each target, in the first column, and of its rivals.
@@ -101,7 +104,9 @@ class Watch:
         Shapes:
             rows: (rows,), residual: (rows, d_model) -> (rows,)
         """
-        now = self.scores(generator, rows, residual)
+        return self._harm_of(self.scores(generator, rows, residual), rows)
+
+    def _harm_of(self, now: Tensor, rows: Tensor) -> Tensor:
         before = self.before[rows.to(self.before.device)]
         if self.kind == "kl":
             return harm.kl(before[:, 1:], now[:, 1:], self.n_levels, self.slack)
@@ -109,17 +114,26 @@ class Watch:
             return harm.margin((before[:, 0], before[:, 1:]), (now[:, 0], now[:, 1:]), self.n_levels, self.slack)
         return harm.hinge(before[:, 0] / self.n_levels, now[:, 0] / self.n_levels, self.slack)
 
-    @torch.no_grad()
     def measure(self, generator: Generator, residual: Tensor | None) -> Tensor:
         """Return the capped harm of all watched targets, (targets,)."""
+        return self.compare(generator, residual)[0]
+
+    @torch.no_grad()
+    def compare(self, generator: Generator, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the capped harm of all watched targets, and by how many nats per code each became likelier.
+
+        Shapes:
+            residual: (targets, d_model) -> (targets,) and (targets,)
+        """
         trained = generator.training
         generator.eval()
-        found = [
-            self.harm(generator, rows, None if residual is None else residual[rows.to(residual.device)])
-            for rows in torch.arange(len(self)).split(_ROWS)  # type: ignore[no-untyped-call]
-        ]
+        harms, gains = [torch.zeros(0)], [torch.zeros(0)]
+        for rows in self._parts():
+            now = self.scores(generator, rows, None if residual is None else residual[rows.to(residual.device)])
+            harms.append(self._harm_of(now, rows).cpu())
+            gains.append(((now - self.before[rows.to(self.before.device)])[:, 0] / self.n_levels).cpu())
         generator.train(trained)
-        return harm.capped(torch.cat(found)) if found else torch.zeros(0)
+        return harm.capped(torch.cat(harms)), torch.cat(gains)
 
 
 def means(harms: Tensor, groups: Mapping[str, NDArray[np.int64]]) -> dict[str, float]:

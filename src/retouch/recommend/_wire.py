@@ -64,6 +64,9 @@ class Events(_Body):
     """What users took, oldest first."""
 
     events: list[Event]
+    key: Annotated[
+        StrictStr, Field(max_length=256, description="Names these events: sent again under it, they are added once.")
+    ] = ""
 
 
 def sentence(errors: Sequence[Mapping[str, Any]]) -> str:

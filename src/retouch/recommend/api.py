@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,32 +19,50 @@ from .. import store
 from ..change import versions
 from ..errors import StoreError, UserError, unknown
 from ..report import Report, Table
+from ._seen import own_salt
 from .base import Run
 from .bundle import save_bundle
 from .certificate import Certified, Terms, certify
 from .data import Interactions
 from .evaluate import Evaluation, compare, evaluate
-from .evidence import collect, next_attempt, slice_key
+from .evidence import attempt_of, collect, slice_key
 from .generator_fit import fit_reference
 from .health import Health, examine_catalogue, require
 from .lwgr import LWGR
+from .nearline import trigger
 from .prototypes import Prototypes, fit_prototypes, on_prototypes
 from .reference import ReferenceSettings
 from .scorer import GenerativeScorer
-from .splits import Splits, split
+from .splits import Samples, Splits, split
 from .tokenise import Catalogue, first_seen, load_tokeniser, tokenise
 from .vectors import load_vectors, text_vectors
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..model import Model
     from .fitted import PolicyScorer
     from .generator import Generator
     from .tokenise import Fitted
 
-__all__ = ["STALE", "TOKENISERS", "Made", "Prepared", "Tokens", "check_device", "fit", "prepare", "rungs"]
+__all__ = [
+    "LAGS",
+    "STALE",
+    "TOKENISERS",
+    "Made",
+    "Prepared",
+    "Tokens",
+    "check_device",
+    "fit",
+    "look",
+    "prepare",
+    "rungs",
+]
 
 STALE = 8
 """Items by which knowledge may be too old on the rung ``stale``."""
+LAGS: Mapping[str, int] = {"fresh": trigger(10**9), "stale": STALE}
+"""Items by which knowledge is too old where it is certified; on ``fresh`` fewer for short histories, as `trigger` says."""
 TOKENISERS = ("rq_kmeans", "rq_vae", "opq")
 _TOKENISER, _CATALOGUE, _PROTOTYPES = "tokeniser.safetensors", "catalogue.safetensors", "prototypes.safetensors"
 
@@ -100,6 +118,7 @@ class Made:
         evaluations: By name what was measured on test: ``reference``, ``policy``.
         prototypes: What stands in for the knowledge of users who have no record.
         llm: The language model.
+        salt: What users were hashed with; it stays on this machine.
     """
 
     prepared: Prepared
@@ -110,6 +129,7 @@ class Made:
     evaluations: Mapping[str, Evaluation]
     prototypes: Prototypes | None = None
     llm: Model | None = None
+    salt: str = field(default="", repr=False)
 
     def save(self, path: str | Path) -> None:
         """Write the bundle that nearline, servers and people open.
@@ -121,6 +141,7 @@ class Made:
         save_bundle(
             path, data=p.data, splits=p.splits, catalogue=p.catalogue, tokeniser=p.tokeniser, reference=self.reference,
             fitted=self.policy, certificate=self.certified, settings=self.settings, llm=self.llm, prototypes=self.prototypes,
+            salt=self.salt,
         )  # fmt: skip
 
     def report(self, pictures: bool = False) -> Report:
@@ -284,14 +305,12 @@ def fit(
     prototypes = _prototypes(p, policy)
     served = rungs(policy) | {"prototype": on_prototypes(policy, prototypes)}
     settled = method.settled()
-    attempt = _attempt(p, policy)  # counted before it happens
-    found = collect(
-        p.data, p.splits, base, served, len(p.catalogue.sizes), compared=compared or {}, salt=p.data.fingerprint
-    )
+    attempt, salt = look(p, policy), own_salt()  # counted before it happens
+    found = collect(p.data, p.splits, base, served, len(p.catalogue.sizes), compared=compared or {}, salt=salt)
     terms = Terms(settled.max_harm, settled.slack, seed=p.splits.seed, attempt=attempt)
     about = {
         "data": p.data.fingerprint, "holdout": p.splits.holdout, "how": p.splits.how, "roles_seed": p.splits.seed,
-        "versions": versions(), "llm": None if llm is None else llm.fingerprint,
+        "versions": versions(), "llm": None if llm is None else llm.fingerprint, "lags": dict(LAGS),
     }  # fmt: skip
     settings = {
         "method": {"name": method.name, **method.to_dict()}, "reference": reference.to_dict(), "n_history": n_history,
@@ -299,7 +318,7 @@ def fit(
     }  # fmt: skip
     both = {"reference": base, "policy": policy}
     evaluations = {name: evaluate(scorer, p.data, p.splits, n_history=n_history) for name, scorer in both.items()}
-    return Made(p, settings, generator, policy, certify(found, terms, about), evaluations, prototypes, llm)
+    return Made(p, settings, generator, policy, certify(found, terms, about), evaluations, prototypes, llm, salt)
 
 
 def _prototypes(p: Prepared, policy: PolicyScorer) -> Prototypes:
@@ -316,18 +335,11 @@ def _prototypes(p: Prepared, policy: PolicyScorer) -> Prototypes:
     return made
 
 
-def _attempt(p: Prepared, policy: PolicyScorer) -> int:
+def look(p: Prepared, policy: PolicyScorer) -> int:
     """Count a look at the certificate's users; the same policy, measured again in the same way, is the same look."""
     key = slice_key(p.data, p.splits)
-    how = store.key(policy=policy.record["key"], how=[policy.beams, policy.full, policy.filter_seen], slice=key)
-    place = p.folder / f"look-{how[:12]}.json"
-    if place.is_file():
-        return int(store.read_json(place)["attempt"])
-    counts = store.cache_dir() / "recommend" / "looks.json"
-    counts.parent.mkdir(parents=True, exist_ok=True)
-    attempt = next_attempt(counts, key)
-    store.write_json_atomic(place, {"attempt": attempt})
-    return attempt
+    how = [policy.beams, policy.full, policy.filter_seen]
+    return attempt_of(p.data.fingerprint, store.key(policy=policy.record["key"], how=how, slice=key))
 
 
 def check_device(device: str) -> None:
@@ -346,5 +358,12 @@ def check_device(device: str) -> None:
 
 
 def rungs(policy: PolicyScorer) -> dict[str, PolicyScorer]:
-    """Return the policy as users are served: with fresh and with stale knowledge."""
-    return {"fresh": policy, "stale": policy.at_lag(STALE)}
+    """Return the policy as users are served at worst: with the oldest knowledge that counts as fresh, and as stale."""
+    assert policy.policy is not None and policy.asked is not None
+    source, asked = policy.policy, policy.asked
+
+    def nearly_due(samples: Samples) -> Tensor:
+        lags = np.array([trigger(int(cut)) for cut in samples.cuts], np.int64)
+        return source.residuals(asked.windows(samples, lags))
+
+    return {"fresh": replace(policy, residuals=nearly_due), "stale": policy.at_lag(STALE)}

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -25,15 +24,19 @@ __all__ = ["Found", "Stepper", "search"]
 class Stepper(Protocol):
     """What a search asks of a generator."""
 
-    def step(self, level: int, rows: Tensor, prefix: Tensor) -> Tensor:
+    def step(self, level: int, rows: Tensor, prefix: Tensor, parents: Tensor) -> Tensor:
         """Return the log-probabilities of the next code, over all codes of the level.
 
-        Shapes: rows [n], prefix [n, level] -> [n, codes of the level]
+        A search asks level after level, from the first.
+
+        Shapes: rows [n], prefix [n, level], parents [n] -> [n, codes of the level]
 
         Args:
             level: Which code comes next, from 0.
             rows: Which request each prefix belongs to, ascending.
             prefix: The codes before it.
+            parents: Where each prefix without its last code stood when the level before was asked for; on level 0 of
+                no meaning.
         """
         ...
 
@@ -79,15 +82,18 @@ class Found:
 
 @dataclass(frozen=True, eq=False)
 class _Race:
-    """The prefixes still in the race after some codes, in the order of their nodes; score -inf marks an empty place."""
+    """The prefixes still in the race after some codes, in the order of their nodes; score -inf marks an empty place.
+
+    Shapes: nodes, scores, parents [requests, beams]; codes [requests, beams, level]; dropped [requests]
+    """
 
     nodes: Tensor
     scores: Tensor
     codes: Tensor
+    parents: Tensor
     dropped: Tensor
 
 
-@torch.no_grad()
 def search(
     stepper: Stepper,
     trie: Trie,
@@ -124,7 +130,7 @@ def search(
 
     Example:
         >>> class Fair:
-        ...     def step(self, level, rows, prefix):
+        ...     def step(self, level, rows, prefix, parents):
         ...         return torch.tensor([0.1, 0.9]).log().expand(len(rows), 2)
         >>> trie = Trie.of(np.array([[0, 1], [1, 0], [1, 1]]))
         >>> search(Fair(), trie, 1, beams=2).items.tolist()
@@ -134,60 +140,72 @@ def search(
         raise UserError(f"A search needs at least one beam; got {beams}.")
     if living is not None:
         living.check(trie, n_requests)
-    tree = _Tree(trie, living, torch.device(device))
+    with torch.inference_mode():
+        items, scores, dropped = _search(
+            stepper, _Tree(trie, living, torch.device(device)), n_requests, beams, renormalise
+        )
+    return Found(items.clone(), scores.clone(), dropped.clone())  # outside, they are tensors like any other
+
+
+def _search(
+    stepper: Stepper, tree: _Tree, n_requests: int, beams: int, renormalise: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     race = _start(n_requests, tree.device)
-    for level in range(trie.n_levels):
+    for level in range(tree.n_levels):
         race = _step(stepper, tree, race, level, beams, renormalise)
     order = race.scores.sort(dim=1, descending=True, stable=True).indices
     scores = race.scores.gather(1, order)
     items = tree.item[race.nodes.gather(1, order)].masked_fill(scores.isneginf(), 0)
     short = (0, beams - items.shape[1])
-    return Found(functional.pad(items, short), functional.pad(scores, short, value=-torch.inf), race.dropped)
+    return functional.pad(items, short), functional.pad(scores, short, value=-torch.inf), race.dropped
 
 
 def _start(n_requests: int, device: torch.device) -> _Race:
     nodes = torch.zeros(n_requests, 1, dtype=torch.int64, device=device)
     scores = torch.zeros(n_requests, 1, device=device)
-    return _Race(nodes, scores, nodes.new_zeros(n_requests, 1, 0), scores.new_full((n_requests,), -torch.inf))
+    return _Race(nodes, scores, nodes.new_zeros(n_requests, 1, 0), nodes, scores.new_full((n_requests,), -torch.inf))
 
 
 def _step(stepper: Stepper, tree: _Tree, race: _Race, level: int, beams: int, renormalise: bool) -> _Race:
     """Write one more code behind each prefix and keep the best."""
-    alive = ~race.scores.isneginf()
-    rows, places = alive.nonzero(as_tuple=True)
-    if not len(rows):
+    scores = race.scores.flatten()
+    asked = (~scores.isneginf()).nonzero()[:, 0]
+    if not len(asked):
         return race
-    children, exists = tree.children(level, race.nodes)
-    codes = tree.code[level][children]
-    log_probs = stepper.step(level, rows, race.codes[rows, places]).to(race.scores.dtype)
-    _check(log_probs, level, len(rows), tree.code[level])
-    following = log_probs.gather(1, codes[rows, places])
+    full = len(asked) == len(scores)
+    codes, exists = tree.children(level, race.nodes)
+    prefix, parents = race.codes.flatten(0, 1), race.parents.flatten()
+    if not full:
+        prefix, parents, codes = prefix[asked], parents[asked], codes[asked]
+    log_probs = stepper.step(level, asked // race.scores.shape[1], prefix, parents).to(scores.dtype)
+    _check(log_probs, level, len(asked), tree.most[level])
+    following = log_probs.gather(1, codes)
     if renormalise:
-        valid = following.masked_fill(~exists[rows, places], -torch.inf)
+        valid = following.masked_fill(~(exists if full else exists[asked]), -torch.inf)
         following = (valid - valid.logsumexp(1, keepdim=True)).clamp_(max=0).nan_to_num_(-torch.inf)
-    scores = race.scores.new_full(children.shape, -torch.inf)
-    scores[rows, places] = following
-    scores += race.scores.unsqueeze(2)
-    scores.masked_fill_(~tree.alive(level, race.nodes, exists), -torch.inf)
-    return _keep(race, scores.flatten(1), children.flatten(1), codes.flatten(1), beams)
+    if not full:
+        following = torch.full(exists.shape, -torch.inf, device=tree.device).index_copy_(0, asked, following)
+    following += scores.unsqueeze(1)
+    following.masked_fill_(~tree.alive(level, race.nodes, exists), -torch.inf)
+    return _keep(tree, race, following.view(len(race.scores), -1), level, beams, None if full else asked)
 
 
-def _check(log_probs: Tensor, level: int, n: int, codes: Tensor) -> None:
-    if log_probs.ndim != 2 or log_probs.shape[0] != n or log_probs.shape[1] <= int(codes.max()):
+def _check(log_probs: Tensor, level: int, n: int, most: int) -> None:
+    if log_probs.ndim != 2 or log_probs.shape[0] != n or log_probs.shape[1] <= most:
         raise RetouchError(
             f"The generator gave an array of shape {tuple(log_probs.shape)} for {n} prefixes on level {level}; the "
-            f"catalogue has codes up to {int(codes.max())} there. Generator and catalogue do not belong together."
+            f"catalogue has codes up to {most} there. Generator and catalogue do not belong together."
         )
-    if not bool((log_probs <= 0).all()):  # also NaN
+    if not float(log_probs.max()) <= 0:  # also NaN
         raise RetouchError(
             f"On level {level} the generator gave values that are no log-probabilities (above 0, or not a number). "
             "A stepper must end in log_softmax; if it does, look for weights that are not finite."
         )
 
 
-def _keep(race: _Race, scores: Tensor, children: Tensor, codes: Tensor, beams: int) -> _Race:
+def _keep(tree: _Tree, race: _Race, scores: Tensor, level: int, beams: int, asked: Tensor | None) -> _Race:
     """Keep the best candidates in the order of their nodes; among equal scores the smaller node wins."""
-    width = scores.shape[1]
+    requests, width = scores.shape
     best = scores.topk(min(beams + 1, width), dim=1)
     dropped, picked = race.dropped, best.indices
     if width > beams:
@@ -198,14 +216,14 @@ def _keep(race: _Race, scores: Tensor, children: Tensor, codes: Tensor, beams: i
         if bool(tied.any()):  # topk takes any of them
             picked[tied] = scores[tied].sort(dim=1, descending=True, stable=True).indices[:, :beams]
     picked = picked.sort(1).values
-    kept = scores.gather(1, picked)
-    before = race.codes[torch.arange(len(scores), device=scores.device).unsqueeze(1), picked // _span(race, width)]
-    written = torch.cat([before, codes.gather(1, picked).unsqueeze(2)], 2)
-    return _Race(children.gather(1, picked), kept, written, dropped)
-
-
-def _span(race: _Race, width: int) -> int:
-    return width // race.nodes.shape[1]
+    before = race.nodes.shape[1]
+    span = width // before
+    places = picked // span + torch.arange(0, requests * before, before, device=tree.device).unsqueeze(1)
+    nodes = tree.child(level, race.nodes.flatten()[places], picked % span)
+    codes = torch.cat([race.codes.flatten(0, 1)[places], tree.code[level][nodes].unsqueeze(2)], 2)
+    if asked is not None:
+        places = torch.searchsorted(asked, places).clamp_(max=len(asked) - 1)
+    return _Race(nodes, scores.gather(1, picked), codes, places, dropped)
 
 
 class _Tree:
@@ -213,32 +231,28 @@ class _Tree:
 
     def __init__(self, trie: Trie, living: Living | None, device: torch.device) -> None:
         self.device, self.living = device, None if living is None else living.tensors(device)
-        self.item = _index(trie.item, device)
-        self.start = [_index(start, device) for start in trie.start]
-        self.code = [_index(code, device) for code in trie.code]
-        self.leaf = [_index(leaf, device) for leaf in trie.leaf]
+        self.n_levels = trie.n_levels
+        self.item, self.start, self.code, self.leaf, self.most = trie.tensors(device)
 
     def children(self, level: int, nodes: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the children of each node, padded to the widest node, and which of them are real.
+        """Return the codes of the children of each node, padded to the widest node, and which of them are real.
 
-        Shapes: [requests, beams] -> [requests, beams, widest] twice
+        Shapes: [requests, beams] -> [requests * beams, widest] twice
         """
-        begin, end = self.start[level][nodes], self.start[level][nodes + 1]
-        widest = int((end - begin).max())
-        children = begin.unsqueeze(2) + torch.arange(widest, device=self.device)
-        exists = children < end.unsqueeze(2)
-        return children.clamp_(max=len(self.code[level]) - 1), exists
+        begin, end = self.start[level][nodes].view(-1, 1), self.start[level][nodes + 1].view(-1, 1)
+        children = begin + torch.arange(int((end - begin).max()), device=self.device)
+        exists = children < end
+        return self.code[level][children.clamp_(max=len(self.code[level]) - 1)], exists
+
+    def child(self, level: int, nodes: Tensor, places: Tensor) -> Tensor:
+        """Return a child of each node by its place; beyond the last it is any. Shapes: any, twice -> the same"""
+        return (self.start[level][nodes] + places).clamp_(max=len(self.code[level]) - 1)
 
     def alive(self, level: int, nodes: Tensor, exists: Tensor) -> Tensor:
         """Return which children have an item that may be found. Shapes: as `children`."""
         if self.living is None:
             return exists
-        requests, n_beams, widest = exists.shape
-        edges = self.start[level][nodes].unsqueeze(2) + torch.arange(widest + 1, device=self.device)
+        edges = self.start[level][nodes].unsqueeze(2) + torch.arange(exists.shape[1] + 1, device=self.device)
         leaf = self.leaf[level + 1]
-        counted = self.living.below(leaf[edges.clamp_(max=len(leaf) - 1)].view(requests, -1))
-        return exists & (counted.view(requests, n_beams, widest + 1).diff(dim=2) > 0)
-
-
-def _index(array: np.ndarray, device: torch.device) -> Tensor:  # type: ignore[type-arg]
-    return torch.from_numpy(array).to(device=device, dtype=torch.int64)
+        counted = self.living.below(leaf[edges.clamp_(max=len(leaf) - 1)].flatten(1))
+        return exists & (counted.view(len(exists), -1).diff(dim=1) > 0)

@@ -15,11 +15,12 @@ from ..errors import StoreError
 from ..measure import environment
 from ..model import Model
 from ._bundle_files import plain
-from .api import Prepared, check_device
+from .api import Prepared, check_device, look
 from .base import Recommender, Run, Scorer
 from .certificate import Terms, certify
 from .evaluate import evaluate
 from .evidence import Evidence, collect
+from .fitted import PolicyScorer
 from .generator_fit import fit_reference
 from .lwgr import LWGR
 from .metrics import paired
@@ -57,6 +58,9 @@ class Bench:
 
 def run(prepared: Prepared, wanted: Bench, model: Model | None, out: Path) -> dict[str, Any]:
     """Fit and measure every method, and write one JSON object. What is finished is found again.
+
+    The harms of many methods on the same users are for comparison: each stands at the confidence of one look, so none
+    is a certificate, and a row says so (``certified``). Every policy that is measured counts as a look at these users.
 
     Returns:
         What was written: ``methods`` by name, with paired differences from the reference under ``against_reference``
@@ -107,10 +111,13 @@ def _measured(p: Prepared, wanted: Bench, method: Recommender, given: Run, base:
     record = getattr(scorer, "record", None) or getattr(getattr(scorer, "generator", None), "record", None) or {}
     seconds = max(time.perf_counter() - start, record.get("seconds", 0.0))  # also where training was found again
     found = evaluate(scorer, p.data, p.splits, seed=wanted.seed, n_history=wanted.n_history)
+    if isinstance(scorer, PolicyScorer) and "key" in scorer.record:
+        look(p, scorer)  # whoever chooses among these policies has seen how they do on the certificate's users
     evidence = collect(p.data, p.splits, base, {"fresh": scorer}, len(p.catalogue.sizes))
     line = certify(evidence, Terms(wanted.limit, seed=p.splits.seed)).line()
     row: dict[str, Any] = {
         **found.numbers, "harm": line.upper, "harm_limit": wanted.limit, "harm_mean": line.mean, "verdict": line.verdict,
+        "certified": False,
         "harm_test": _harm_on_test(p, scorer, base), "seconds": seconds, "segments": found.to_json(),
         "broken": list(found.broken), "settings": method.to_dict(), "users": found.users.tolist(),
         "values": np.round(found.values, 6).tolist(), "coverage_check": _covers(evidence, wanted),
@@ -171,5 +178,5 @@ def _key(p: Prepared, wanted: Bench, model: Model | None) -> str:
     return store.key(
         data=p.data.fingerprint, codes=store.key(codes=p.catalogue.codes.tolist()), reference=wanted.reference.to_dict(),
         splits=[p.splits.how, p.splits.holdout, p.splits.seed], model=None if model is None else model.fingerprint,
-        n_history=wanted.n_history, limit=wanted.limit, filter_seen=wanted.filter_seen, seed=wanted.seed, format=1,
+        n_history=wanted.n_history, limit=wanted.limit, filter_seen=wanted.filter_seen, seed=wanted.seed, format=2,
     )  # fmt: skip

@@ -25,8 +25,10 @@ from ..errors import StoreError, UserError
 from ..settings import with_settings
 from . import _bundle_files as files
 from . import _bundle_parts as parts
+from ._seen import Seen
 from .base import Item, Run
 from .generator import Generator
+from .groups import Group, read_groups, training_groups, write_groups
 from .lwgr import LWGR
 from .policy import Policy
 from .prototypes import Prototypes, book_sizes, fit_prototypes, residuals_of
@@ -41,10 +43,10 @@ if TYPE_CHECKING:
     from .splits import Splits
     from .tokenise import Fitted
 
-__all__ = ["Bundle", "open_bundle", "save_bundle"]
+__all__ = ["Bundle", "open_bundle", "save_bundle", "seal"]
 
 _NEAR = 5
-_OUTSIDE = {files.RECORD, files.CARD, files.TRAINING, files.CERTIFICATE, files.ARRAYS}
+_OUTSIDE = {files.RECORD, files.CARD, files.TRAINING, files.GROUPS, files.CERTIFICATE, files.ARRAYS, files.SEEN}
 """Files that decide neither an answer nor a record: the fingerprint does not count them."""
 
 
@@ -102,6 +104,11 @@ class Bundle:
         for item in self.items:
             found.setdefault(item.title.casefold(), []).append(item)
         return {title: tuple(items) for title, items in found.items()}
+
+    @cached_property
+    def groups(self) -> Mapping[tuple[int, int], Group]:
+        """The names of the groups of users, by book and word."""
+        return read_groups(self.path / files.GROUPS)
 
     @property
     def d_model(self) -> int:
@@ -168,6 +175,15 @@ class Bundle:
         """
         return load_tokeniser(self.path / files.TOKENISER)
 
+    def seen(self) -> Seen | None:
+        """Open the note of who had a part in training; None where there is none.
+
+        Raises:
+            StoreError: It is damaged.
+        """
+        place = self.path / files.SEEN
+        return Seen.load(place) if place.is_file() else None
+
     def undone(self) -> Bundle:
         """Return the bundle without its change: the reference serves everybody."""
         return replace(self, policy=self.reference, serves="reference")
@@ -189,6 +205,7 @@ def save_bundle(
     settings: Mapping[str, Any],
     llm: Model | None = None,
     prototypes: Prototypes | None = None,
+    salt: str = "",
 ) -> None:
     """Write a bundle; equal input gives equal bytes.
 
@@ -204,6 +221,7 @@ def save_bundle(
         settings: What it was made with, as plain values.
         llm: The language model that the policy asks; it is named in the bundle, not stored.
         prototypes: From `fit_prototypes`; None makes them, which asks the language model about training users.
+        salt: A secret, to note who had a part in training; empty: nobody is noted.
 
     Raises:
         UserError: The parts are not of one run.
@@ -239,13 +257,20 @@ def save_bundle(
         if certificate is not None:
             certificate.save(folder)
         store.write_json_atomic(folder / files.TRAINING, training)
-        hashes = {p.name: store.sha256_file(p) for p in folder.iterdir()}
-        record["makers"] = files.makers(hashes, told, shelf, catalogue)
-        record["fingerprint"] = _fingerprint(hashes, record)
-        proof = "It has no certificate." if certificate is None else certificate.sentence()
-        text = json.dumps(record, indent=1, ensure_ascii=False, sort_keys=True, allow_nan=False)
-        (folder / files.RECORD).write_text(text + "\n", encoding="utf-8")
-        (folder / files.CARD).write_text(files.card(record, shelf, catalogue, proof, hashes), encoding="utf-8")
+        write_groups(folder / files.GROUPS, training_groups(fitted, splits))
+        if salt:
+            Seen.of(data, splits, salt).save(folder / files.SEEN)
+        seal(folder, record, shelf, catalogue, certificate.sentence() if certificate else "It has no certificate.")
+
+
+def seal(folder: Path, record: dict[str, Any], shelf: files.Shelf, catalogue: Catalogue, proof: str) -> None:
+    """Write record and card, with fingerprints, into a folder that holds all else."""
+    hashes = {p.name: store.sha256_file(p) for p in folder.iterdir()}
+    record["makers"] = files.makers(hashes, record["knowledge"], shelf, catalogue)
+    record["fingerprint"] = _fingerprint(hashes, record)
+    text = json.dumps(record, indent=1, ensure_ascii=False, sort_keys=True, allow_nan=False)
+    (folder / files.RECORD).write_text(text + "\n", encoding="utf-8")
+    (folder / files.CARD).write_text(files.card(record, shelf, catalogue, proof, hashes), encoding="utf-8")
 
 
 def _parts_of(fitted: PolicyScorer, reference: Generator) -> tuple[Policy, LWGR]:
@@ -311,8 +336,7 @@ def open_bundle(path: str | Path, *, knowledge: Model | None = None, device: str
     )
     knowing = _knowing(path, record, reference, changed, knowledge, shelf)
     prototypes = _prototypes(path, reference, knowing)
-    certificate = _certificate(path, record, hashes)
-    made = record["makers"]
+    certificate, made = _certificate(path, record, hashes), record["makers"]
     return Bundle(
         path, record["fingerprint"], shelf.items, shelf.counts, catalogue, reference.n_history, reference,
         changed if record["serves"] == "policy" else reference, knowing and knowing.instructions,

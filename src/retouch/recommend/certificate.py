@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,9 +21,8 @@ from ..errors import BoundRefused, StoreError, UserError
 from ..report import Table
 from .evidence import CAP, REPORTED, ROUTABLE, Evidence
 from .metrics import paired, per_user, values
-from .mixture import log_mixture
 
-__all__ = ["RUNGS", "Certified", "Line", "Terms", "certify", "recompute", "require", "walk"]
+__all__ = ["RUNGS", "Certified", "Line", "Terms", "certify", "recompute", "require"]
 
 Floats = NDArray[np.float64]
 Verdict = Literal["kept", "refused", "undecided", "reported"]
@@ -164,8 +163,20 @@ class Certified:
         }
         return (
             f"With {terms.confidence:.0%} confidence {told}, {words[line.verdict]} (measured: {line.mean:.3g} on "
-            f"{line.n} users who had no part in training; attempt {terms.attempt})."
+            f"{line.n} users {self._who()}; attempt {terms.attempt})."
         )
+
+    def _who(self) -> str:
+        """Say what part the users had in training, as far as it is known."""
+        window = self.about.get("window")
+        if window is None:
+            kept = self.about.get("holdout") == "targets"
+            return "whose targets were kept from training" if kept else "who had no part in training"
+        if window["trained"] is None:
+            return "of whom it is not known whether they had a part in training"
+        if window["trained"]:
+            return f"of whom {window['trained']} had a part in training, with earlier items"
+        return "who had no part in training"
 
     def table(self) -> Table:
         """Return the lines for people."""
@@ -349,29 +360,3 @@ def _hits(evidence: Evidence, ranks: NDArray[np.int64], terms: Terms) -> dict[st
 def _benefit(evidence: Evidence, ranks: NDArray[np.int64], seed: int) -> dict[str, list[float]]:
     new, old = (per_user(evidence.unit, values(r, BENEFITS))[1] for r in (ranks, evidence.rank_before))
     return dict(zip(BENEFITS, paired(new, old, seed=seed).tolist()))
-
-
-# ---------------------------------------------------------------- a mixture of both
-
-
-def walk(
-    evidence: Evidence, terms: Terms, weights: tuple[float, ...] = (0.1, 0.25, 0.5, 1.0), rung: str = "fresh"
-) -> tuple[float, tuple[tuple[float, Line], ...]]:
-    """Find the largest share of the policy, mixed with the reference, that is certified over all users.
-
-    The harm never falls as the share rises, so shares are tried from the smallest on until one fails, and no correction
-    for several tests is due.
-
-    Returns:
-        The largest share that is kept, 0 if none is, and what was found of each share that was tried.
-    """
-    tried: list[tuple[float, Line]] = []
-    best, levels = 0.0, evidence.n_levels
-    for weight in sorted(weights):
-        mixed = log_mixture(evidence.before * levels, evidence.after[rung] * levels, weight) / levels
-        at = replace(evidence, after={rung: mixed})
-        tried.append((weight, _line(at, terms, rung, "all", terms.alpha)))
-        if tried[-1][1].verdict != "kept":
-            break
-        best = weight
-    return best, tuple(tried)

@@ -25,7 +25,8 @@ class Continued(LWGR):
         A policy is reported. Its line belongs beside the policy's.
 
     Known problems:
-        Settings of instructions and of the language model do nothing here.
+        Settings of instructions and of the language model do nothing here, nor does ``n_alone``: the generator moves as
+        long and as fast as a policy's does, on all targets.
 
     Example:
         >>> Continued().knowledge

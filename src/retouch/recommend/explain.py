@@ -117,17 +117,20 @@ class Reason:
         if self.with_knowledge:
             told.append(f"without the language model's knowledge at {self._at(self.without_knowledge.place)}")
         if self.parts and self.parts[0].drop > 0:
-            best = self.parts[0]
-            group = (groups or {}).get((best.book, best.word), Group(best.book, best.word, 0, (), ()))
-            told.append(f"the knowledge that mattered most is that of {group}")
+            told.append(f"the knowledge that mattered most is that of {_group(self.parts[0], groups)}")
         return "; ".join(told) + "."
 
     def _at(self, place: int | None) -> str:
         return str(place) if place else f"{self.beams + 1} or later"
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values that JSON can hold, with the sentence."""
-        return {**asdict(self), "sentence": self.sentence()}
+    def to_dict(self, groups: Groups | None = None) -> dict[str, Any]:
+        """Return plain values that JSON can hold, with the sentence and the names of the parts' groups."""
+        told = [{**asdict(part), "group": str(_group(part, groups))} for part in self.parts]
+        return {**asdict(self), "parts": told, "sentence": self.sentence(groups)}
+
+
+def _group(part: Part, groups: Groups | None) -> Group:
+    return (groups or {}).get((part.book, part.word), Group(part.book, part.word, 0, (), ()))
 
 
 # ---------------------------------------------------------------- history and knowledge
@@ -300,8 +303,27 @@ def _heard(fusion: Fusion, first: Tensor, states: Tensor) -> Tensor:
     return torch.where(mask.any(1, keepdim=True), found, torch.zeros_like(found))
 
 
-def with_parts(reasons: Sequence[Reason], found: Sequence[tuple[Part, ...]]) -> list[Reason]:
-    """Add the parts of each item to its reason."""
+@torch.no_grad()
+def with_parts(
+    bundle: Bundle, window: NDArray[np.int32], items: Sequence[int], reasons: Sequence[Reason]
+) -> list[Reason]:
+    """Ask the language model about a history, and add to each reason which instruction's knowledge mattered.
+
+    Nothing is added where its states are not those of the instructions but of the titles (``order="prefix"``).
+
+    Args:
+        bundle: Opened with its language model.
+        window: Item numbers; [history].
+        items: The items that the reasons explain.
+        reasons: From `why`.
+    """
+    knowing: Any = bundle.knowing
+    windows = torch.from_numpy(window[None]).to(bundle.policy.first.device)
+    chosen = knowing.choose(windows)
+    states, codes = knowing.source.states(chosen.tokens, windows).states[0], chosen.codes[0].tolist()
+    if not codes or len(states) != len(codes):
+        return list(reasons)
+    found = parts(bundle, window, items, states, codes)
     return [replace(reason, parts=held) for reason, held in zip(reasons, found)]
 
 

@@ -12,12 +12,16 @@ from torch import Tensor, nn
 
 __all__ = ["Fusion"]
 
+_DECAY = 0.9
+
 
 class Fusion(nn.Module):
     """Let the first decoder input look at a user's knowledge, and return what is to be added to it.
 
     Source: arXiv 2605.18771 (cross-attention into the first input). The zero start, the gate and the residual are
-        ours: with them the first policy equals the reference, so it begins within any limit of harm.
+        ours: with them the first policy equals the reference, so it begins within any limit of harm. So is that
+        knowledge is standardised over users, and that the mean of what it moves is taken away: a language model's states
+        are nearly the same for everybody, and what is the same for everybody is no knowledge.
 
     Shapes:
         forward: q0 (d_model,), states (batch, positions, d_llm), mask (batch, positions) -> (batch, d_model)
@@ -27,9 +31,14 @@ class Fusion(nn.Module):
         d_llm: Width of the knowledge.
         n_layers: How many times it looks.
         heads: Attention heads; they must divide `d_model`.
-        residual: Whether each look is added to what it began with; without, the input is replaced, as published.
+        residual: Whether each look is added to what it began with, and knowledge is counted from its mean over users;
+            without, the input is replaced, as published.
         gate: Whether each user has a factor between 0 and 1, one half at the start.
     """
+
+    mean: Tensor
+    std: Tensor
+    middle: Tensor
 
     def __init__(
         self, d_model: int, d_llm: int, *, n_layers: int = 2, heads: int = 4, residual: bool = True, gate: bool = True
@@ -46,6 +55,31 @@ class Fusion(nn.Module):
                 nn.init.zeros_(zero.weight)
         if self.gate is not None:
             nn.init.zeros_(self.gate.bias)
+        self.register_buffer("mean", torch.zeros(d_llm))
+        self.register_buffer("std", torch.ones(d_llm))
+        self.register_buffer("middle", torch.zeros(d_model))
+
+    @torch.no_grad()
+    def begin(self, q0: Tensor, states: Tensor, mask: Tensor | None = None) -> None:
+        """Measure how knowledge is spread over users. Call once, before training, with training users only.
+
+        Shapes:
+            q0 (d_model,), states (users, positions, d_llm), mask (users, positions)
+        """
+        if not self.residual:
+            return
+        seen = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device) if mask is None else mask
+        self.mean.copy_(states[seen].mean(0))
+        # without a mask each position is one instruction; what sets them apart is the same for everybody
+        spread = states[seen].std(0, correction=0) if mask is not None else states.std(0, correction=0).mean(0)
+        self.std.copy_(torch.where(spread > 1e-6, spread, torch.ones_like(spread)))
+        self.middle.copy_(self._moved(q0, states, mask).mean(0))
+
+    @torch.no_grad()
+    def follow(self, moved: Tensor) -> None:
+        """Let the mean over users follow what a batch of them was moved by, (batch, d_model)."""
+        if self.residual and len(moved):
+            self.middle.lerp_(moved.detach().mean(0), 1 - _DECAY)
 
     def forward(self, q0: Tensor, states: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return what knowledge adds to the first decoder input."""
@@ -54,15 +88,25 @@ class Fusion(nn.Module):
 
     def with_gate(self, q0: Tensor, states: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return what is added, and each user's gate: 1 where there is none."""
-        known = self.narrow(self.norm_in(states))
-        start = q0.expand(len(states), -1)
-        looked = start
+        residual, gate, _ = self.whole(q0, states, mask)
+        return residual, gate
+
+    def whole(self, q0: Tensor, states: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the same, and how far each user's looks moved the input: what `follow` takes, (batch, d_model)."""
+        moved = self._moved(q0, states, mask)
+        if self.out is None:
+            return moved, moved.new_ones(len(moved)), moved
+        own = moved - self.middle
+        gate = moved.new_ones(len(moved)) if self.gate is None else self._open(q0.expand_as(own), own)
+        return gate[:, None] * self.out(own), gate, moved
+
+    def _moved(self, q0: Tensor, states: Tensor, mask: Tensor | None) -> Tensor:
+        known = self.narrow(self.norm_in((states - self.mean) / self.std))
+        looked = start = q0.expand(len(states), -1)
         for look in self.looks:
             seen = look(looked, known, mask)
             looked = looked + seen if self.residual else seen
-        moved = looked - start
-        gate = moved.new_ones(len(moved)) if self.gate is None else self._open(start, moved)
-        return gate[:, None] * (moved if self.out is None else self.out(moved)), gate
+        return looked - start
 
     def _open(self, start: Tensor, moved: Tensor) -> Tensor:
         assert self.gate is not None

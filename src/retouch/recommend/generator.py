@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..errors import RetouchError, UserError
 from ._layers import MASKED, DecoderBlock, Dropout, EncoderBlock, Grouping, PositionBias, RMSNorm
 
 __all__ = ["SIZES", "Generator", "GeneratorSize", "Memory", "Steps", "Tokens"]
@@ -53,6 +53,9 @@ SIZES = {
     "tiger": GeneratorSize(384, 4, 6, 64, 1024, 3e-4),
 }
 """The sizes by name: for tests, for a CPU, for a GPU, and the one of the TIGER paper."""
+
+_CACHED = 640
+"""Positions that are read at once without gradients: what a block makes of them stays in a core's cache."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,6 +166,15 @@ class Generator(nn.Module):
             windows: (batch, history) -> Memory of (batch, positions, d_model)
         """
         windows = self._trimmed(windows.to(self.codes.device))
+        if torch.is_grad_enabled() or self.training:
+            return self._encode(windows)
+        many = max(1, _CACHED // (windows.shape[1] * (1 if self.tokens == "item" else self.n_levels)))
+        parts = [self._encode(part) for part in torch.split(windows, many)]
+        if len(parts) == 1:
+            return parts[0]
+        return Memory(torch.cat([part.states for part in parts]), torch.cat([part.mask for part in parts]))
+
+    def _encode(self, windows: Tensor) -> Memory:
         mask = windows > 0
         if self.tokens == "item":
             states = self._items(windows)
@@ -170,7 +182,9 @@ class Generator(nn.Module):
             states = F.embedding(self.codes[windows], self.embeddings).flatten(1, 2)
             mask = mask.repeat_interleave(self.n_levels, 1)
         length = states.shape[1]
-        bias = self.encoder_bias(length, length) + torch.where(mask, 0.0, MASKED)[:, None, None]
+        bias = self.encoder_bias(length, length)
+        if not bool(mask.all()):
+            bias = bias + torch.where(mask, 0.0, MASKED)[:, None, None]
         states = self.dropout(states)
         for block in self.encoder:
             states = block(states, bias)
@@ -211,8 +225,7 @@ class Generator(nn.Module):
         per_request = rows.shape[0] // max(len(memory), 1)
         starts = self._starts(len(memory), residual).repeat_interleave(per_request, 0)
         inputs = torch.cat([starts[:, None], F.embedding(rows[:, :-1], self.embeddings)], 1)
-        grouping = Grouping(None, len(memory))
-        states, _ = self.decode(inputs, self.memory_keys(memory), memory.bias, grouping)
+        states = self.decode(inputs, memory)
         found = [
             self.log_probs(level, states[:, level]).gather(1, rows[:, level : level + 1] - self.starts[level])
             for level in range(self.n_levels)
@@ -227,28 +240,19 @@ class Generator(nn.Module):
         """Return each decoder block's keys and values of the memory."""
         return [block.cross.keys_values(memory.states) for block in self.decoder]  # type: ignore[union-attr,operator]
 
-    def decode(
-        self,
-        inputs: Tensor,
-        memory: list[KeysValues],
-        memory_bias: Tensor,
-        grouping: Grouping,
-        past: list[KeysValues] | None = None,
-    ) -> tuple[Tensor, list[KeysValues]]:
-        """Run the decoder over some positions, with what is known of the positions before.
+    def decode(self, inputs: Tensor, memory: Memory) -> Tensor:
+        """Run the decoder over all positions of some rows, as many for each request.
 
         Shapes:
-            inputs: (rows, positions, d_model) -> the same, and each block's keys and values so far.
+            inputs: (rows, positions, d_model) -> the same
         """
-        length = inputs.shape[1] + (past[0][0].shape[2] if past else 0)
-        later = torch.ones(inputs.shape[1], length, dtype=torch.bool, device=inputs.device)
-        later = later.triu(length - inputs.shape[1] + 1)
-        bias = self.decoder_bias(inputs.shape[1], length).masked_fill(later, MASKED)
-        states, known = self.dropout(inputs), []
-        for i, block in enumerate(self.decoder):
-            states, keys_values = block(states, bias, memory[i], memory_bias, grouping, past[i] if past else None)
-            known.append(keys_values)
-        return self.dropout(self.decoder_norm(states)), known
+        length = inputs.shape[1]
+        later = torch.ones(length, length, dtype=torch.bool, device=inputs.device).triu(1)
+        bias = self.decoder_bias(length, length).masked_fill(later, MASKED)
+        states, memory_bias = self.dropout(inputs), memory.bias
+        for block, keys_values in zip(self.decoder, self.memory_keys(memory)):
+            states = block(states, bias, keys_values, memory_bias)
+        return self.dropout(self.decoder_norm(states))  # type: ignore[no-any-return]
 
     def log_probs(self, level: int, states: Tensor) -> Tensor:
         """Return the log-probabilities of a level's codes.
@@ -265,69 +269,57 @@ class Generator(nn.Module):
 class Steps:
     """One code after the other for the beams of some requests, as `retouch.recommend.beam.search` asks for them.
 
-    The keys and values of the histories are computed here, once, and those of a beam's own codes when it first
-    appears; a later level looks its parent up.
+    The keys and values of the histories are computed here, once, and shared by all beams of a request; those of a
+    beam's own codes are kept from step to step, and a beam takes over its parent's.
     """
 
     def __init__(self, generator: Generator, memory: Memory, residual: Tensor | None) -> None:
         self.generator = generator
-        with torch.no_grad():
+        with torch.inference_mode():
             self.starts = generator._starts(len(memory), residual)
-            self.memory, self.bias = generator.memory_keys(memory), memory.bias
-        self._seen: list[tuple[Tensor, Tensor]] = []
-        self._past: list[KeysValues] = []
+            self.memory = generator.memory_keys(memory)
+            self.bias = None if bool(memory.mask.all()) else memory.bias
+        self._held: Tensor | None = None
 
-    @torch.no_grad()
-    def step(self, level: int, rows: Tensor, prefix: Tensor) -> Tensor:
-        """Return the log-probabilities of the next code of each beam.
+    @torch.inference_mode()
+    def step(self, level: int, rows: Tensor, prefix: Tensor, parents: Tensor) -> Tensor:
+        """Return the log-probabilities of the next code of each beam; see `retouch.recommend.beam.Stepper`.
 
         Shapes:
             rows: (beams,), the request of each.
             prefix: (beams, level), its codes so far.
+            parents: (beams,), where the prefix but one code stood in the step before; of no meaning on level 0.
             Returns (beams, codes of the level).
+
+        Raises:
+            RetouchError: The step before was not that of the level before.
         """
         generator = self.generator
-        rows, prefix = rows.to(self.bias.device), prefix.long().to(self.bias.device)
-        parents = self._parents(level, rows, prefix)
-        past = [(keys[parents], values[parents]) for keys, values in self._past] if level else None
+        held = self._grown(level, len(rows), parents)
         if level:
-            inputs = generator.embeddings[prefix[:, -1] + generator.starts[level - 1]]
+            states = generator.embeddings[prefix[:, -1] + generator.starts[level - 1]]
         else:
-            inputs = self.starts[rows]
+            states = self.starts[rows]
         grouping = Grouping(rows, len(self.starts))
-        states, self._past = generator.decode(inputs[:, None], self.memory, self.bias, grouping, past)
-        self._remember(level, self._names(level, parents, rows, prefix))
-        return generator.log_probs(level, states[:, -1])
+        bias = generator.decoder_bias(1, level + 1)[0, :, 0].T
+        for i, block in enumerate(generator.decoder):
+            states = block.step(states, held[:, i], bias, self.memory[i], self.bias, grouping)  # type: ignore[operator]
+        self._held = held
+        return generator.log_probs(level, generator.decoder_norm(states))
 
-    def _parents(self, level: int, rows: Tensor, prefix: Tensor) -> Tensor:
-        """Return where each beam's prefix but one code stood in the last step."""
-        if level == 0:
-            return rows
-        if len(self._seen) >= level:
-            found, there = self._places(level - 1, rows, prefix[:, :-1])
-            if len(self._seen) == level and bool(there.all()):
-                return found
-        self.step(level - 1, rows, prefix[:, :-1])  # a caller that did not begin at the first code
-        return self._places(level - 1, rows, prefix[:, :-1])[0]
+    def _grown(self, level: int, rows: int, parents: Tensor) -> Tensor:
+        """Return what each beam takes over, with room for one position more.
 
-    def _places(self, level: int, rows: Tensor, prefix: Tensor) -> tuple[Tensor, Tensor]:
-        """Look prefixes up among those of a level: their places, and whether each was there."""
-        place, there = rows, torch.ones_like(rows, dtype=torch.bool)
-        for i in range(level + 1):
-            names, order = self._seen[i]
-            wanted = self._names(i, place, rows, prefix)
-            spot = torch.searchsorted(names, wanted).clamp(max=len(names) - 1)
-            there = there & (names[spot] == wanted)
-            place = order[spot]
-        return place, there
-
-    def _names(self, level: int, parents: Tensor, rows: Tensor, prefix: Tensor) -> Tensor:
-        """Name a beam by its parent's place and its own code; the first position by its request."""
-        return parents * self.generator.sizes[level - 1] + prefix[:, level - 1] if level else rows
-
-    def _remember(self, level: int, names: Tensor) -> None:
-        names, order = names.sort(stable=True)
-        self._seen[level:] = [(names, order)]
+        Shapes:
+            (beams, blocks, level + 1, keys and values, heads, d_head)
+        """
+        size = self.generator.size
+        found = self.starts.new_empty(rows, size.n_blocks, level + 1, 2, size.heads, size.d_head)
+        if level:
+            if self._held is None or self._held.shape[2] != level:
+                raise RetouchError(f"Step {level} was asked for, and the step before was another. Begin with step 0.")
+            found[:, :, :level] = self._held[parents]
+        return found
 
 
 def _check(codes: Tensor, sizes: tuple[int, ...]) -> None:

@@ -1,21 +1,30 @@
-"""Names for groups of users: what those who hold one word of the instructions like more than others do."""
+"""Names for groups of users: what those who hold one word of the instructions like more than others do.
+
+They are made of training users when a bundle is saved, and kept in it for reasons to name.
+"""
 
 from __future__ import annotations
 
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import store
+from ..errors import StoreError
+
 if TYPE_CHECKING:
     from .base import Item
+    from .fitted import PolicyScorer
+    from .splits import Splits
 
-__all__ = ["Group", "name_groups"]
+__all__ = ["Group", "name_groups", "read_groups", "training_groups", "write_groups"]
 
 _PRIOR, _LEAST_HOLDERS, _SHOWN = 10.0, 20, 5
 _COMMON = frozenset(
@@ -78,6 +87,50 @@ def name_groups(
             titles = tuple(items[i - 1].title for i in liked)
             found[book, word] = Group(book, word, len(holders), titles, tuple(map(str, words)))
     return found
+
+
+def training_groups(fitted: PolicyScorer, splits: Splits) -> dict[tuple[int, int], Group]:
+    """Name the groups of the users that a policy was trained on; no language model is asked.
+
+    Args:
+        fitted: What fitting a policy returned.
+        splits: Who trains; nobody else is read.
+    """
+    import torch
+
+    from .prototypes import drawn_users
+
+    policy, asked = fitted.policy, fitted.asked
+    if policy is None or asked is None or policy.instructions is None:
+        return {}
+    windows = asked.windows(drawn_users(splits))
+    with torch.no_grad():
+        codes = [policy.choose(part).codes.cpu() for part in torch.split(torch.from_numpy(windows), 1024)]
+    held = torch.cat(codes).numpy() if codes else np.zeros((0, 0), np.int64)
+    return name_groups(held, [window[window > 0].tolist() for window in windows], asked.data.items)
+
+
+def write_groups(path: Path, groups: Mapping[tuple[int, int], Group]) -> None:
+    """Write the names of groups as JSON."""
+    store.write_json_atomic(path, {"groups": [asdict(group) for group in groups.values()]})
+
+
+def read_groups(path: Path) -> dict[tuple[int, int], Group]:
+    """Read what `write_groups` wrote; nothing where there is no file.
+
+    Raises:
+        StoreError: It holds something else.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        rows = [
+            {**row, "items": tuple(row["items"]), "words": tuple(row["words"])}
+            for row in store.read_json(path)["groups"]
+        ]
+        return {(row["book"], row["word"]): Group(**row) for row in rows}
+    except (KeyError, TypeError) as error:
+        raise StoreError(f"{path} does not hold the names of groups: {error!r}. Make the bundle again.") from error
 
 
 def _words(item: Item) -> list[str]:

@@ -46,11 +46,12 @@ class Serving(Settings):
 
     beams: int = setting(50, "Prefixes that the search keeps; at least the k of a request.", ge=1)
     filter_seen: bool = setting(True, "Leave out what the user already took.")
-    stale_lag: int = setting(8, "Most items that knowledge may not know yet: what was certified.", ge=0)
+    stale_lag: int = setting(8, "Most items that knowledge may not know yet; never more than was certified.", ge=0)
     stale_factor: float = setting(4.0, "Knowledge counts as stale up to so many times its time to live.", ge=1)
     per_category: int = setting(0, "Most items of one category in an answer; 0: any number.", ge=0)
     reserved_for_new: int = setting(0, "Places kept for new items, the last of an answer.", ge=0)
     n_explained: int = setting(5, "Items of an answer that get reasons, from the first.", ge=1)
+    store_ms: float = setting(20.0, "Time for a look into a store over the network; then it goes on without.", gt=0)
     spare_ms: float = setting(20.0, "With less time left than this, no prototype is looked for.", ge=0)
 
 
@@ -99,6 +100,12 @@ def routes(certificate: Mapping[str, Any], segment: str) -> frozenset[str]:
     return frozenset(rung for rung in ("fresh", "stale", "prototype") if kept(rung))
 
 
+def lags(certificate: Mapping[str, Any]) -> tuple[int, int]:
+    """Return by how many items knowledge was too old where ``fresh`` and ``stale`` were certified; untold it is none."""
+    told = certificate.get("about", {}).get("lags", {})
+    return int(told.get("fresh", 0)), int(told.get("stale", 0))
+
+
 @dataclass(eq=False)
 class _Asked:
     """One request on its way down."""
@@ -139,6 +146,8 @@ class Ladder:
         self.allowed = Allowed(bundle)
         served = bundle.serves == "policy"
         self._routes = {s: routes(bundle.certificate, s) if served else frozenset() for s in ("sparse", "active")}
+        self._fresh_lag, self._stale_lag = lags(bundle.certificate)
+        self.most_lag = min(self.settings.stale_lag, max(self._fresh_lag, self._stale_lag))
         numbered = {bundle.number(raw): nats for raw, nats in (boosts or {}).items()}
         self._boosts = {number: nats for number, nats in numbered.items() if number}
         self._rules = Rules(self.settings.per_category, self.settings.reserved_for_new)
@@ -224,11 +233,11 @@ class Ladder:
         record = decode(raw, self.bundle.versions, self.bundle.d_model)
         if isinstance(record, str):
             return "" if record == "absent" else record
-        lag = lag_of(record, a.history, a.length, self.settings.stale_lag)
+        lag = lag_of(record, a.history, a.length, self.most_lag)
         age_s = max(0.0, (now_ms - record.computed_at_ms) / 1000)
         if lag is None:
             return "history"
-        if lag > self.settings.stale_lag:
+        if lag > self.most_lag:
             return "lag"
         if age_s > self.settings.stale_factor * record.ttl_s:
             return "age"
@@ -240,9 +249,9 @@ class Ladder:
             return "popular"
         allowed = self._routes["sparse" if a.length <= _FEW else "active"]
         if a.record is not None and a.lag is not None:
-            if "fresh" in allowed and a.lag <= trigger(a.length) and a.age_s <= a.record.ttl_s:
+            if "fresh" in allowed and a.lag <= min(trigger(a.length), self._fresh_lag) and a.age_s <= a.record.ttl_s:
                 return "fresh"
-            if "stale" in allowed:
+            if "stale" in allowed and a.lag <= self._stale_lag:
                 return "stale"
         can = self.bundle.knowing is not None and not hurried
         return "prototype" if "prototype" in allowed and can else "reference"
@@ -334,14 +343,15 @@ class Ladder:
         knows = a.rung in ("fresh", "stale")
         reasons: tuple[Mapping[str, Any], ...] = ()
         if a.request.explain and a.rung != "popular":
-            from .explain import why
+            from .explain import why, with_parts
 
-            first = order.items[: self.settings.n_explained]
+            first, window = order.items[: self.settings.n_explained], self.windows([a])[0]
             told = why(
-                self.bundle, self.windows([a])[0], first, a.residual, allowed=allowed, hidden=hidden,
-                beams=self.settings.beams,
-            )  # fmt: skip
-            reasons = tuple(reason.to_dict() for reason in told)
+                self.bundle, window, first, a.residual, allowed=allowed, hidden=hidden, beams=self.settings.beams
+            )
+            if self.bundle.asks and a.rung == "fresh" and a.lag == 0:  # what is asked now is what was heard
+                told = with_parts(self.bundle, window, first, told)
+            reasons = tuple(reason.to_dict(self.bundle.groups) for reason in told)
         return Answer(
             places, a.rung, exact, a.age_s if knows else None, a.lag if knows else None, self.bundle.fingerprint,
             a.unknown, a.note, reasons,

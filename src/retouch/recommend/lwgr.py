@@ -34,6 +34,8 @@ class Settled:
         fusion_layers: How many times the first input looks.
         lagged: Whether training also uses knowledge that is too old.
         knowledge_dropout: Share of the targets that are trained without knowledge.
+        n_alone: Epochs in which only the new parts are trained.
+        learning_rate: Peak of the recommender's own.
         choice: Which epoch is kept.
     """
 
@@ -52,17 +54,21 @@ class Settled:
     fusion_layers: int
     lagged: bool
     knowledge_dropout: float
+    n_alone: int
+    learning_rate: float
     choice: Literal["feasible", "best"]
 
 
 PRESETS = {
     "default": Settled(
-        "slice", 0.03, 0.0, 0.05, 0.05, 0.1, 16.0, True, "suffix", "reference", True, True, 2, True, 0.15, "feasible"
+        "slice", 0.03, 0.0, 0.05, 0.05, 0.1, 16.0, True, "suffix", "reference", True, True, 2, True, 0.15, 10, 3e-5,
+        "feasible",
     ),
     "paper": Settled(
-        "batch", 1e-4, 1e-4, 0.05, 5e-4, 0.0, None, False, "prefix", "policy", False, False, 3, False, 0.0, "best"
+        "batch", 1e-4, 1e-4, 0.05, 5e-4, 0.0, None, False, "prefix", "policy", False, False, 3, False, 0.0, 0, 3e-4,
+        "best",
     ),
-}
+}  # fmt: skip
 """Ours, and as published. The maximum price of 16 is four times the four codes of an item."""
 
 
@@ -116,7 +122,9 @@ class LWGR(Recommender):
     )
     slack: float | None = setting(None, "Harm that is forgiven to each target: 0; paper: 1e-4.", ge=0)
     price: float | None = setting(None, "The constraint's price at the start: 0.05.", ge=0)
-    price_step: float | None = setting(None, "How fast it moves: 0.05 per limit of excess; paper: 5e-4 per nat.", gt=0)
+    price_step: float | None = setting(
+        None, "How fast it moves: 0.05 per limit of excess, more in a training of few steps; paper: 5e-4 per nat.", gt=0
+    )
     price_damping: float | None = setting(None, "How it answers to a change of harm: 0.1; paper: 0.", ge=0)
     price_maximum: float | None = setting(None, "Its maximum: 16; paper: none.", gt=0)
     order: Literal["suffix", "prefix"] | None = setting(
@@ -142,16 +150,23 @@ class LWGR(Recommender):
     max_title_tokens: int = setting(12, "Where a title is cut with ``titles=tokens``.", ge=1)
     n_llm_layers: int | None = setting(None, "Blocks of the language model, from the first; by default all.", ge=1)
     text_cache_mib: int = setting(2048, "Memory for what the language model keeps of titles, in MiB.", ge=0)
-    learning_rate: float = setting(3e-4, "Peak of the recommender's learning rate.", gt=0)
+    n_alone: int | None = setting(
+        None, "Most epochs in which only the new parts are trained, before all is: 10; paper: 0.", ge=0
+    )
+    learning_rate: float | None = setting(None, "Peak of the recommender's learning rate: 3e-5; paper: 3e-4.", gt=0)
     learning_rate_new: float = setting(1e-3, "Peak of the learning rate of all new parts.", gt=0)
     batch_size: int = setting(256, "Targets of a step.", ge=1)
-    n_epochs: int = setting(30, "Most passes over the users.", ge=1)
+    n_epochs: int = setting(30, "Most passes over the users in which all is trained.", ge=1)
     patience: int = setting(5, "Epochs without a better choice before training ends.", ge=1)
     cuts_per_epoch: int | None = setting(
         None, "Targets of a user and pass; by default 1, or 8 below 2,000 users.", ge=1
     )
-    cuts_pool: int = setting(8, "Targets of a user with a long history that take part at all; 0: all.", ge=0)
-    warm_up_steps: int = setting(200, "Steps in which the learning rates rise.", ge=0)
+    cuts_pool: int = setting(
+        8, "Targets of a user with a long history that a language model is asked for; 0: all.", ge=0
+    )
+    warm_up_steps: int = setting(
+        200, "Most steps in which the learning rates rise; never more than a twentieth of the steps.", ge=0
+    )
     weight_decay: float = setting(0.01, "Decay of matrices; norms and embeddings have none.", ge=0)
     clip: float = setting(1.0, "Largest norm of a step's gradient.", gt=0)
     n_validation: int = setting(2000, "Most users whom an epoch is judged by.", ge=1)

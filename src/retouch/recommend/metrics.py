@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ..errors import UserError
 
 __all__ = ["METRICS", "bootstrap", "coverage", "guard", "ideal", "intervals", "mrr", "ndcg", "ndcg_of_sets", "paired",
-           "per_user", "per_user_ranks", "recall", "recall_of_sets", "values"]  # fmt: skip
+           "per_user", "per_user_ranks", "recall", "values"]  # fmt: skip
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -108,14 +108,6 @@ def per_user_ranks(users: NDArray[np.integer], ranks: Ints) -> list[Ints]:
 def ideal(n_targets: int, k: int) -> float:
     """Return the discounted gain of a ranking that begins with all targets."""
     return float(sum(1 / math.log2(rank + 1) for rank in range(1, min(k, n_targets) + 1)))
-
-
-def recall_of_sets(sets: Iterable[Ints], k: int) -> Floats:
-    """Return which share of each user's targets is among the first `k` of one ranking.
-
-    Shapes: [users]
-    """
-    return np.array([recall(ranks, k).mean() for ranks in sets])
 
 
 def ndcg_of_sets(sets: Iterable[Ints], k: int) -> Floats:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from ..progress import report
 from ..settings import Settings, setting
 from ._histories import read_histories
 from ._nearline import Begun, Done, Memo, Row, Work, batches, job_key, keep, ranges, resume
-from .record import Record, Versions, decode, encode, history_hash
+from .record import Record, Versions, decode, encode, history_hash, tail_hash
 from .stores import Past, Store
 
 if TYPE_CHECKING:
@@ -42,7 +42,6 @@ __all__ = [
     "read_histories",
     "records",
     "refresh",
-    "roll_out",
     "trigger",
     "watch",
 ]
@@ -113,7 +112,8 @@ def _record(
     versions: Versions, past: Past, at_ms: int, ttl_s: int, gate: float, codes: tuple[int, ...],
     vector: NDArray[np.float16],
 ) -> Record:  # fmt: skip
-    return Record(versions, past.length, history_hash(past.items), at_ms, ttl_s, gate, codes, vector)
+    tail = tail_hash(past.items)
+    return Record(versions, past.length, history_hash(past.items), at_ms, ttl_s, gate, codes, vector, tail)
 
 
 # ---------------------------------------------------------------- who needs one
@@ -158,31 +158,6 @@ def coverage(bundle: Bundle, knowledge: Store, users: Sequence[str]) -> float:
     return found / max(len(users), 1)
 
 
-def roll_out(bundle: Bundle, knowledge: Store, users: Sequence[str], least: float = 0.95) -> float:
-    """Let servers read this bundle's records, if enough active users have one; `Store.rollback` takes it back.
-
-    Args:
-        bundle: The new bundle.
-        knowledge: Where the records are.
-        users: The active users.
-        least: Share of them that must have a record.
-
-    Returns:
-        The share that has.
-
-    Raises:
-        UserError: It is too small, or there are no users; nothing was changed.
-    """
-    share = coverage(bundle, knowledge, users)
-    if not users or share < least:
-        raise UserError(
-            f"{share:.1%} of {len(users):,} active users have a record of bundle {bundle.fingerprint[:12]}; a roll-out "
-            f"needs {least:.0%}. Run nearline again; the servers go on with what they read now."
-        )
-    knowledge.activate(bundle.fingerprint)
-    return share
-
-
 # ---------------------------------------------------------------- one run
 
 
@@ -197,6 +172,7 @@ def refresh(
     checkpoint: str | Path | None = None,
     memo: Memo | None = None,
     activate: bool = False,
+    own: bool = False,
 ) -> Done:
     """Write a record for every user who needs one, into the namespace of this bundle.
 
@@ -213,6 +189,8 @@ def refresh(
         checkpoint: A file that remembers which users are done; removed when all are.
         memo: What is remembered already; by default what the store remembers.
         activate: Roll out at the end, if enough of these users are covered: give all active users then.
+        own: These histories are the store's own. A record that knows more then belongs to a history that was replaced;
+            it is removed, as no write would supersede it.
 
     Raises:
         UserError: The bundle cannot make records.
@@ -230,6 +208,8 @@ def refresh(
     work = _work(bundle, knowledge, memo, settings, begun.at_ms, scale.mapper(way) if isinstance(way, str) else way)
     done = begun.done
     for number in range(begun.n_ranges, len(parts)):
+        if own:
+            _remove_longer(bundle, knowledge, {user: rows[user] for user in parts[number]})
         done += work.range([(user, rows[user]) for user in parts[number]])
         keep(place, Begun(key, begun.at_ms, number + 1, done))
         report("Making knowledge records", done.users, len(rows))
@@ -238,6 +218,14 @@ def refresh(
     if activate and rows and done.coverage >= settings.coverage and done.covered:
         knowledge.activate(bundle.fingerprint)
     return done
+
+
+def _remove_longer(bundle: Bundle, knowledge: Store, rows: Mapping[str, Past]) -> None:
+    raws = knowledge.get_many(list(rows), bundle.fingerprint)
+    found = [(user, decode(raw)) for user, raw in zip(rows, raws)]
+    gone = [user for user, held in found if isinstance(held, Record) and held.history_length > rows[user].length]
+    if gone:
+        knowledge.forget(gone, histories=False)
 
 
 def _work(bundle: Bundle, knowledge: Store, memo: Memo, settings: NearlineSettings, at_ms: int, mapper: Mapper) -> Work:
@@ -264,8 +252,12 @@ def _restamped(raw: bytes, past: Past, at_ms: int, ttl_s: int) -> bytes:
     """Return a remembered record as this user's."""
     found = decode(raw)
     assert isinstance(found, Record)  # what is remembered was checked
-    hashed = history_hash(past.items)
-    return encode(replace(found, history_length=past.length, history_hash=hashed, computed_at_ms=at_ms, ttl_s=ttl_s))
+    hashed, tail = history_hash(past.items), tail_hash(past.items)
+    return encode(
+        replace(
+            found, history_length=past.length, history_hash=hashed, computed_at_ms=at_ms, ttl_s=ttl_s, tail_hash=tail
+        )
+    )
 
 
 def _now_ms() -> int:
@@ -283,6 +275,7 @@ def watch(
     stop: threading.Event,
     limit: int = 1000,
     activate: bool = True,
+    counted: Callable[[Done, float], None] | None = None,
 ) -> Iterator[Done]:
     """Keep the records of all users of a store up to date, until told to stop.
 
@@ -297,6 +290,7 @@ def watch(
         stop: Ends the watch after the users in work.
         limit: Most users of one look.
         activate: Whether a new namespace is rolled out.
+        counted: Told of what each look did, and of the seconds that it took.
 
     Yields:
         What was done, after each look that found somebody. While the store is down nothing is done or lost.
@@ -305,7 +299,7 @@ def watch(
     memo = Memo(bundle, knowledge if settings.remember else None, settings.memo_entries)
     position, whole, sweeping, next_sweep = 0, Done(), True, 0.0
     while not stop.is_set():
-        page, done = list[tuple[int, str]](), Done()
+        page, done, begin = list[tuple[int, str]](), Done(), time.monotonic()
         try:
             if not sweeping and time.monotonic() >= next_sweep:
                 position, whole, sweeping = 0, Done(), True
@@ -319,6 +313,8 @@ def watch(
             _log.warning("nearline waits: %s", error)
             done = Done()
         if done.users:
+            if counted is not None:
+                counted(done, time.monotonic() - begin)
             yield done
         if len(page) < limit:
             stop.wait(settings.poll_s)
@@ -327,7 +323,7 @@ def watch(
 def _page(bundle: Bundle, knowledge: Store, settings: NearlineSettings, memo: Memo, users: Sequence[str]) -> Done:
     names = list(dict.fromkeys(users))
     pasts = {user: past for user, past in zip(names, knowledge.histories(names)) if past is not None}
-    return refresh(bundle, knowledge, pasts, settings, memo=memo) if pasts else Done()
+    return refresh(bundle, knowledge, pasts, settings, memo=memo, own=True) if pasts else Done()
 
 
 def _flip(bundle: Bundle, knowledge: Store, settings: NearlineSettings, whole: Done) -> bool:

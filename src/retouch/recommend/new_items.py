@@ -45,9 +45,9 @@ class NewItems:
         is_new = self.catalogue.is_new[1:]
         return torch.from_numpy(codes[rows & ~is_new, -1]).long(), torch.from_numpy(codes[rows & is_new, -1]).long()
 
-    def step(self, level: int, rows: Tensor, prefix: Tensor) -> Tensor:
+    def step(self, level: int, rows: Tensor, prefix: Tensor, parents: Tensor) -> Tensor:
         """Return the generator's log-probabilities, corrected on the last level; see `beam.Stepper`."""
-        log_probs = self.stepper.step(level, rows, prefix)
+        log_probs = self.stepper.step(level, rows, prefix, parents)
         return log_probs if level < self.catalogue.trie.n_levels - 1 else self.corrected(prefix, log_probs)
 
     def corrected(self, prefix: Tensor, log_probs: Tensor) -> Tensor:

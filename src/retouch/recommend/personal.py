@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,18 +15,22 @@ import torch
 
 from ..errors import UserError
 from ..model import open_model
-from ..store import check_folder
+from ..store import check_folder, key
 from ._bundle_files import read_record
+from ._draws import Asked
+from ._seen import own_salt
 from .answers import Answer, Request
+from .api import LAGS
 from .base import Item
 from .bundle import Bundle
 from .certificate import Certified, Terms, certify
 from .data import Interactions, fingerprint
-from .evidence import collect
+from .evidence import attempt_of, collect
+from .explain import Sanity, sanity
 from .ladder import answer
-from .nearline import read_histories, records
+from .nearline import read_histories, records, trigger
 from .scorer import GenerativeScorer
-from .splits import CERTIFICATE, Samples, Splits, windows
+from .splits import CERTIFICATE, Samples, Splits
 from .stores import Past, Store, open_store
 
 if TYPE_CHECKING:
@@ -34,7 +38,7 @@ if TYPE_CHECKING:
 
     from ..model import Model
 
-__all__ = ["answer_for", "certify_on", "codes_of", "items_of", "language_model"]
+__all__ = ["answer_for", "certify_on", "check_reasons", "codes_of", "items_of", "language_model"]
 
 
 def language_model(bundle: str | Path, source: str = "") -> Model:
@@ -61,18 +65,32 @@ def language_model(bundle: str | Path, source: str = "") -> Model:
                         "it with --llm.") from error  # fmt: skip
 
 
+_REASONED = 200
+"""Histories that a check of reasons takes at most."""
+
 _YEAR = re.compile(r"\s*\((1[89]|20)\d\d\)$")
 """The year behind a film's or book's title, which people leave out."""
 
 
 def items_of(bundle: Bundle, history: str) -> tuple[str, ...]:
-    """Read titles or raw ids with semicolons between.
+    """Read titles or raw ids with semicolons between; a title may hold semicolons itself.
 
     Raises:
-        UserError: A word is no id and no title; the message offers the nearest titles.
+        UserError: A word is no id and no title, or the title of several items; the message offers what there is.
     """
-    words = [word.strip() for word in history.split(";") if word.strip()]
-    return tuple(_item(bundle, word).id for word in words)
+    return tuple(_item(bundle, word).id for word in _words(bundle, history.split(";")))
+
+
+def _words(bundle: Bundle, parts: Sequence[str]) -> Iterator[str]:
+    """Cut at semicolons, but for those inside of the longest name that stands there."""
+    at = 0
+    while at < len(parts):
+        joined = [";".join(parts[at:end]).strip() for end in range(len(parts), at + 1, -1)]
+        whole = next((w for w in joined if w.casefold() in bundle.titles or bundle.number(w) is not None), None)
+        word = parts[at].strip() if whole is None else whole
+        if word:
+            yield word
+        at += 1 if whole is None else len(parts) - at - joined.index(whole)
 
 
 def _item(bundle: Bundle, word: str) -> Item:
@@ -80,8 +98,11 @@ def _item(bundle: Bundle, word: str) -> Item:
         return bundle.items[number - 1]
     found = bundle.find(word)
     exact = [item for item in found if item.title.casefold() == word.casefold()]
+    if len(exact) == 1:
+        return exact[0]
     if exact:
-        return exact[0]  # of equal titles the first in the catalogue
+        ids = ", ".join(repr(item.id) for item in exact)
+        raise UserError(f"{word!r} is the title of {len(exact)} items. Give the id of the one you mean: {ids}.")
     undated = [item for item in found if _YEAR.sub("", item.title).casefold() == word.casefold()]
     if len(undated) == 1:
         return undated[0]
@@ -161,40 +182,75 @@ def _asked(bundle: Bundle, user: str, history: Sequence[str], held: ExitStack) -
 # ---------------------------------------------------------------- fresh histories
 
 
-def certify_on(bundle: Bundle, path: str | Path, limit: float | None = None, **columns: str) -> Certified:
+def certify_on(
+    bundle: Bundle, path: str | Path, limit: float | None = None, *, salt: str | None = None, **columns: str
+) -> Certified:
     """Certify what a bundle serves on the last items of fresh histories: those of users after training.
+
+    Users who had a part in training count where their history is the known one and goes on, so that its last item is
+    new; all others of them are left out. Each bundle that is measured on the same histories is one more look at them.
 
     Args:
         bundle: Opened with its language model.
         path: Histories, as `read_histories` reads them.
         limit: The mean harm that is allowed; by default the bundle's own.
+        salt: What the bundle's users were hashed with; by default the secret of this machine's cache.
         **columns: Of `read_histories`: ``format``, ``user``, ``item``, ``time``.
 
     Raises:
-        UserError: Nobody has two known items, the bundle cannot ask, or the limit is not above 0.
+        UserError: Nobody has two known items, all had a part in training, the bundle cannot ask, or the limit is not
+            above 0.
     """
     limit = float(bundle.certificate.get("bound", {}).get("limit", 0.03)) if limit is None else limit
     if not limit > 0:
         raise UserError(f"The limit of harm must be above 0, in nats per code; got {limit:g}.")
     if not bundle.asks or bundle.knowing is None:
         raise UserError(f"{bundle.path} was opened without its language model; fresh knowledge cannot be made.")
-    data = _known(bundle, path, columns)
+    rows, told_users = _apart(
+        bundle, Path(path).name, _known(bundle, path, columns), own_salt() if salt is None else salt
+    )
+    data = _interactions(bundle, Path(path).name, rows)
     splits = _all_held(bundle, data)
     base = GenerativeScorer(bundle.reference, bundle.catalogue, data)
     knowing: Any = bundle.knowing
+    asked = Asked(data, splits, bundle.n_history)
 
     def told(samples: Samples) -> torch.Tensor:
-        found: torch.Tensor = knowing.residuals(windows(data, samples, bundle.n_history)[0])
+        lags = np.array([trigger(int(cut)) for cut in samples.cuts], np.int64)  # as old as fresh knowledge may be
+        found: torch.Tensor = knowing.residuals(asked.windows(samples, lags))
         return found
 
     fresh = GenerativeScorer(
         knowing.generator, bundle.catalogue, data, residuals=told, window_residuals=knowing.residuals
     )
-    evidence = collect(data, splits, base, {"fresh": fresh}, len(bundle.catalogue.sizes))
-    return certify(evidence, Terms(limit), {"data": data.fingerprint, "bundle": bundle.fingerprint})
+    terms = Terms(limit, attempt=attempt_of(data.fingerprint, key(bundle=bundle.fingerprint)))
+    evidence = collect(data, splits, base, {"fresh": fresh}, len(bundle.catalogue.sizes), salt=own_salt())
+    about = {
+        "data": data.fingerprint,
+        "bundle": bundle.fingerprint,
+        "window": told_users,
+        "lags": {"fresh": LAGS["fresh"]},
+    }
+    return certify(evidence, terms, about)
 
 
-def _known(bundle: Bundle, path: str | Path, columns: Mapping[str, str]) -> Interactions:
+def check_reasons(bundle: Bundle, path: str | Path, **columns: str) -> Sanity:
+    """Check on some histories that the items named as reasons matter more than random others; see `explain.sanity`.
+
+    Args:
+        bundle: What recommends; no language model is needed.
+        path: Histories, as `read_histories` reads them.
+        **columns: Of `read_histories`: ``format``, ``user``, ``item``, ``time``.
+
+    Raises:
+        UserError: Nobody has two known items.
+    """
+    rows = list(_known(bundle, path, columns).values())[:_REASONED]
+    windows = bundle.windows([[bundle.items[number - 1].id for number in row] for row in rows])
+    return sanity(bundle, windows)
+
+
+def _known(bundle: Bundle, path: str | Path, columns: Mapping[str, str]) -> dict[str, NDArray[np.int32]]:
     rows: dict[str, NDArray[np.int32]] = {}
     for user, past in read_histories(path, **columns).items():
         numbers = [n for n in map(bundle.numbers.get, past.items) if n is not None]
@@ -202,14 +258,33 @@ def _known(bundle: Bundle, path: str | Path, columns: Mapping[str, str]) -> Inte
             rows[user] = np.array(numbers, np.int32)
     if not rows:
         raise UserError(f"{path}: nobody has two items that the bundle's catalogue knows.")
+    return rows
+
+
+def _apart(
+    bundle: Bundle, name: str, rows: Mapping[str, NDArray[np.int32]], salt: str
+) -> tuple[Mapping[str, NDArray[np.int32]], dict[str, int | None]]:
+    """Leave out whom nothing new is known of since training; tell how many, and how many trained and went on."""
+    seen = bundle.seen()
+    if seen is None or not seen.fits(salt):
+        return rows, {"trained": None, "left_out": None}
+    went_on, others = seen.sort(rows, salt)
+    kept = {user: past for user, past in rows.items() if user not in others}
+    if not kept:
+        raise UserError(
+            f"{name}: all {len(rows):,} users had a part in training, and no history is the known one and goes on. Give "
+            "whole histories, from the first item to one that came after training, or those of other users."
+        )
+    return kept, {"trained": len(went_on), "left_out": len(others)}
+
+
+def _interactions(bundle: Bundle, name: str, rows: Mapping[str, NDArray[np.int32]]) -> Interactions:
     users, histories = tuple(rows), tuple(rows.values())
-    return Interactions(
-        Path(path).name, users, bundle.items, histories, None, fingerprint(users, bundle.items, histories, None)
-    )
+    return Interactions(name, users, bundle.items, histories, None, fingerprint(users, bundle.items, histories, None))
 
 
 def _all_held(bundle: Bundle, data: Interactions) -> Splits:
-    """Give every user the certificate's role: none of these histories was seen in training."""
+    """Give every user the certificate's role: none of these last items was seen in training."""
     nobody = Samples(np.zeros(0, np.int32), np.zeros(0, np.int32))
     last = Samples(np.arange(1, data.n_users + 1, dtype=np.int32), (data.lengths - 1).astype(np.int32))
     roles = np.full(data.n_users, CERTIFICATE)

@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -36,6 +37,7 @@ class Told:
         gate: How far each user's knowledge is let in, (batch,).
         losses: The losses of the instructions, by name; empty without gradients.
         state: The users' states that chose the instructions, (batch, d_model).
+        moved: How far knowledge moved each user's first input before it was centred; see `Fusion.follow`.
     """
 
     residual: Tensor
@@ -43,6 +45,7 @@ class Told:
     gate: Tensor
     losses: dict[str, Tensor]
     state: Tensor
+    moved: Tensor
 
 
 class Policy(nn.Module):
@@ -123,14 +126,26 @@ class Policy(nn.Module):
         state = self.state(windows)
         chosen: Chosen = self.instructions(state)
         known = self.source.states(chosen.tokens, windows)
-        residual, gate = self.fusion.with_gate(self.generator.first, known.states.to(state), known.mask)
+        residual, gate, moved = self.fusion.whole(self.generator.first, known.states.to(state), known.mask)
         held = (windows > 0).any(1, keepdim=True)
-        return Told(residual * held, chosen.codes, gate, chosen.losses, state)
+        return Told(residual * held, chosen.codes, gate, chosen.losses, state, moved)
 
     def _silent(self, windows: Tensor) -> Told:
         first = self.generator.first
         nothing = first.new_zeros(len(windows), len(first))
-        return Told(nothing, torch.zeros(len(windows), 0, dtype=torch.int64), nothing[:, 0], {}, nothing)
+        return Told(nothing, torch.zeros(len(windows), 0, dtype=torch.int64), nothing[:, 0], {}, nothing, nothing[:0])
+
+    @torch.no_grad()
+    def begin(self, windows: NDArray[np.int32], batch_size: int = 256) -> None:
+        """Measure, once and before training, how knowledge is spread over training users."""
+        if self.source is None or self.instructions is None or self.fusion is None:
+            return
+        known = []
+        for part in _split(windows, batch_size):
+            rows = torch.from_numpy(part).to(self.generator.first.device)
+            found = self.source.states(self.instructions(self.state(rows)).tokens, rows)
+            known.append((found.states.float(), found.mask))
+        self.fusion.begin(self.generator.first, *_padded(known))
 
     def residual(self, windows: Tensor) -> Tensor:
         """Return what knowledge adds to the first decoder input.
@@ -160,3 +175,13 @@ class Policy(nn.Module):
 
 def _split(windows: NDArray[np.int32], size: int) -> list[NDArray[np.int32]]:
     return [windows[i : i + size] for i in range(0, len(windows), size)]
+
+
+def _padded(known: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+    """Join batches of states; where they have masks, to the widest of them."""
+    if known[0][1] is None:
+        return torch.cat([states for states, _ in known]), None
+    widest = max(states.shape[1] for states, _ in known)
+    states = [F.pad(rows, (0, 0, widest - rows.shape[1], 0)) for rows, _ in known]
+    masks = [F.pad(mask, (widest - mask.shape[1], 0)) for _, mask in known if mask is not None]
+    return torch.cat(states), torch.cat(masks)

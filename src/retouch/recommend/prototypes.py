@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .policy import Policy
     from .splits import Splits
 
-__all__ = ["LEAST", "Prototypes", "fit_prototypes", "on_prototypes"]
+__all__ = ["LEAST", "Prototypes", "drawn_users", "fit_prototypes", "on_prototypes"]
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -222,10 +222,7 @@ def fit_prototypes(
     policy, asked = fitted.policy, fitted.asked
     if policy is None or asked is None:
         raise UserError("Prototypes are made of a policy's knowledge; this recommender has none.")
-    samples = _last(splits.train)
-    if len(samples) > n_users:
-        samples = samples.take(np.sort(np.random.default_rng((seed, 31)).permutation(len(samples))[:n_users]))
-    windows = asked.windows(samples)
+    windows = asked.windows(drawn_users(splits, n_users, seed))
     windows = windows[np.argsort((windows > 0).sum(1), kind="stable")]
     residuals, codes = [], []
     parts = [windows[i : i + _ROWS] for i in range(0, len(windows), _ROWS)]
@@ -237,6 +234,14 @@ def fit_prototypes(
     if not residuals:
         raise UserError("There are no training users to make prototypes of.")
     return Prototypes.fit(np.concatenate(codes), np.concatenate(residuals), book_sizes(policy), least)
+
+
+def drawn_users(splits: Splits, n_users: int = N_USERS, seed: int = 0) -> Samples:
+    """Return the last training sample of each training user, or of as many as are wanted."""
+    samples = _last(splits.train)
+    if len(samples) > n_users:
+        samples = samples.take(np.sort(np.random.default_rng((seed, 31)).permutation(len(samples))[:n_users]))
+    return samples
 
 
 def _last(train: Samples) -> Samples:

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 
 from ..errors import UserError
 
-__all__ = ["MAGIC", "Record", "Versions", "decode", "encode", "history_hash", "order", "size"]
+__all__ = ["MAGIC", "Record", "Versions", "decode", "encode", "history_hash", "order", "size", "tail_hash"]
 
 MAGIC, SCHEMA = b"RTK1", 1
 _HEAD = struct.Struct("<4sHHIIIIQQIeH")
-N_HISTORY = 20
+N_HISTORY, N_TAIL = 20, 8
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class Record:
         gate: The gate's value, for reports.
         codes: The chosen codeword of each codebook.
         vector: What is added to the decoder's first input, float16.
+        tail_hash: `tail_hash` of the last items; 0 where it is not known.
     """
 
     versions: Versions
@@ -60,6 +61,7 @@ class Record:
     gate: float
     codes: tuple[int, ...]
     vector: NDArray[np.float16]
+    tail_hash: int = 0
 
 
 def history_hash(items: Sequence[str], n_history: int = N_HISTORY) -> int:
@@ -68,6 +70,14 @@ def history_hash(items: Sequence[str], n_history: int = N_HISTORY) -> int:
     for item in items[-n_history:]:
         digest.update(len(item.encode()).to_bytes(4, "little") + item.encode())
     return int.from_bytes(digest.digest(), "little")
+
+
+def tail_hash(items: Sequence[str]) -> int:
+    """Return 16 bits, never 0, of the last few raw ids; 0 for fewer. For callers who send just the end of a history.
+
+    It stands where a record has its flags, so records keep their size.
+    """
+    return history_hash(items, N_TAIL) % 0xFFFF + 1 if len(items) >= N_TAIL else 0
 
 
 def size(n_codes: int, d_model: int) -> int:
@@ -86,7 +96,7 @@ def encode(record: Record) -> bytes:
     v = record.versions
     try:
         head = _HEAD.pack(
-            MAGIC, SCHEMA, 0, v.model, v.fusion, v.tokeniser, record.history_length, record.history_hash,
+            MAGIC, SCHEMA, record.tail_hash, v.model, v.fusion, v.tokeniser, record.history_length, record.history_hash,
             record.computed_at_ms, record.ttl_s, record.gate, len(record.codes),
         )  # fmt: skip
         body = struct.pack(f"<{len(record.codes)}HH", *record.codes, record.vector.size)
@@ -116,7 +126,7 @@ def decode(raw: bytes | None, versions: Versions | None = None, d_model: int | N
         return "magic"
     if zlib.crc32(raw[:-4]) != int.from_bytes(raw[-4:], "little"):
         return "checksum"
-    _, schema, _, *made, length, hashed, at, ttl, gate, n = _HEAD.unpack_from(raw)
+    _, schema, tail, *made, length, hashed, at, ttl, gate, n = _HEAD.unpack_from(raw)
     if schema != SCHEMA:
         return "schema"
     start = _HEAD.size + 2 * n
@@ -132,7 +142,7 @@ def decode(raw: bytes | None, versions: Versions | None = None, d_model: int | N
     vector = np.frombuffer(raw, "<f2", width, start + 2).astype(np.float16)
     if not np.isfinite(vector).all():
         return "value"
-    return Record(Versions(*made), length, hashed, at, ttl, gate, tuple(codes), vector)
+    return Record(Versions(*made), length, hashed, at, ttl, gate, tuple(codes), vector, tail)
 
 
 def order(raw: bytes) -> tuple[int, int]:

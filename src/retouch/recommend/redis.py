@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import StoreDown, UserError
 from .record import order
-from .sqlite import KEPT
+from .sqlite import KEPT, TOLD_S
 from .stores import Namespace, Past
 
 __all__ = ["Redis"]
@@ -28,11 +28,12 @@ redis.call('SADD', KEYS[2], ARGV[5])
 return 1
 """
 _HISTORY = """
+if KEYS[4] and not redis.call('SET', KEYS[4], 1, 'NX', 'EX', ARGV[6]) then return 0 end
 local row = redis.call('GET', KEYS[1])
 local items, length = {}, 0
 if row then local past = cjson.decode(row); items = past.items; length = past.length end
-if ARGV[1] == 'set' then
-    if row and length >= tonumber(ARGV[3]) then return 0 end
+if ARGV[1] ~= 'add' then
+    if ARGV[1] == 'set' and row and length >= tonumber(ARGV[3]) then return 0 end
     items = cjson.decode(ARGV[2]); length = tonumber(ARGV[3])
 else
     table.insert(items, ARGV[2]); length = length + 1
@@ -73,13 +74,14 @@ class Redis:
     Args:
         url: ``redis://HOST:PORT/NUMBER``, ``rediss://…`` or ``unix://…``.
         timeout_s: How long one call may take.
+        look_s: The same for reading records and histories; None: as long.
 
     Raises:
         UserError: The package redis is not installed.
         StoreDown: The server cannot be reached.
     """
 
-    def __init__(self, url: str, timeout_s: float = 1.0) -> None:
+    def __init__(self, url: str, timeout_s: float = 1.0, look_s: float | None = None) -> None:
         try:
             import redis
         except ImportError as error:
@@ -88,7 +90,8 @@ class Redis:
             ) from error
         self._url, self._failures = url, (redis.RedisError, OSError)
         with self._named():
-            self._r = redis.Redis.from_url(url, socket_timeout=timeout_s, socket_connect_timeout=max(timeout_s, 1.0))
+            self._r = self._client(timeout_s, max(timeout_s, 1.0))
+            self._looks = self._r if look_s is None else self._client(look_s, look_s)
             self._r.ping()
             self._put, self._history = self._script(_PUT), self._script(_HISTORY)
             self._flip, self._get = self._script(_FLIP), self._script(_GET)
@@ -100,7 +103,7 @@ class Redis:
             name = self.active() if namespace is None and len(users) > _MANY else namespace
             for start in range(0, len(users), _MANY):
                 part = users[start : start + _MANY]
-                got = self._get(keys=[POINTER], args=[name or "", *part])
+                got = self._get(keys=[POINTER], args=[name or "", *part], client=self._looks)
                 found += got or [None] * len(part)
         return found
 
@@ -155,23 +158,44 @@ class Redis:
             self._r.unlink(f"retouch#users:{namespace}")
         return len(users)
 
-    def append(self, events: Iterable[tuple[str, str]]) -> int:
-        """Add items to histories, in order."""
-        return self._histories(("add", user, item, 0) for user, item in events)
+    def append(self, events: Iterable[tuple[str, str]], key: str = "") -> int:
+        """Add items to histories, in order; those of one key that were told before are left out one by one."""
+        return self._histories((("add", user, item, 0) for user, item in events), key)
 
-    def put_histories(self, histories: Mapping[str, Past]) -> None:
-        """Set histories, unless a longer one is known."""
-        self._histories(("set", user, json.dumps(past.items), past.length) for user, past in histories.items())
+    def put_histories(self, histories: Mapping[str, Past], *, replace: bool = False) -> None:
+        """Set histories, unless a longer one is known, or whatever is known."""
+        kept = {user: Past(past.items[-KEPT:], past.length) for user, past in histories.items()}
+        if replace:
+            before = dict(zip(kept, self.histories(list(kept))))
+            kept = {user: past for user, past in kept.items() if before[user] != past}
+            self.forget(list(kept), histories=False)
+        how = "replace" if replace else "set"
+        self._histories((how, user, json.dumps(past.items), past.length) for user, past in kept.items())
 
-    def _histories(self, rows: Iterable[tuple[str, str, str, int]]) -> int:
+    def forget(self, users: Sequence[str], *, histories: bool = True) -> int:
+        """Remove users' records in all namespaces, and their histories."""
+        removed = 0
+        with self._named():
+            names = [str(_text(k)).removeprefix("retouch#users:") for k in self._r.scan_iter("retouch#users:*")]
+            for part in _parts(users):
+                for name in names:
+                    removed += int(self._r.unlink(*(f"retouch:{name}:{user}" for user in part)))
+                    self._r.srem(f"retouch#users:{name}", *part)
+                if histories:
+                    self._r.unlink(*(f"retouch#history:{user}" for user in part))
+                    self._r.zrem(CHANGED, *part)
+        return removed
+
+    def _histories(self, rows: Iterable[tuple[str, str, str, int]], key: str = "") -> int:
         count = 0
         with self._named():
-            for part in _parts(list(rows)):
+            for part in _parts(list(enumerate(rows))):
                 pipe = self._r.pipeline(transaction=False)
-                for how, user, value, length in part:
+                for number, (how, user, value, length) in part:
                     keys = [f"retouch#history:{user}", CHANGED, COUNTER]
-                    self._history(keys=keys, args=[how, value, length, KEPT, user], client=pipe)
-                count += len(pipe.execute())
+                    keys += [f"retouch#told:{key}:{number}"] if key else []
+                    self._history(keys=keys, args=[how, value, length, KEPT, user, TOLD_S], client=pipe)
+                count += sum(pipe.execute())
         return count
 
     def histories(self, users: Sequence[str]) -> list[Past | None]:
@@ -179,7 +203,7 @@ class Redis:
         found: list[Past | None] = []
         with self._named():
             for part in _parts(users):
-                for row in self._r.mget([f"retouch#history:{user}" for user in part]):
+                for row in self._looks.mget([f"retouch#history:{user}" for user in part]):
                     past = json.loads(row) if row else None
                     found.append(Past(tuple(past["items"]), int(past["length"])) if past else None)
         return found
@@ -206,6 +230,18 @@ class Redis:
     def close(self) -> None:
         """Close all connections."""
         self._r.close()
+        self._looks.close()
+
+    def _client(self, timeout_s: float, connect_s: float) -> Any:
+        """Open a client that tries once: a time limit that is kept, and nothing that is written twice."""
+        import redis
+        from redis.backoff import NoBackoff
+        from redis.retry import Retry
+
+        return redis.Redis.from_url(
+            self._url, socket_timeout=timeout_s, socket_connect_timeout=connect_s, retry=Retry(NoBackoff(), 0),
+            health_check_interval=30,
+        )  # fmt: skip
 
     def _script(self, text: str) -> Callable[..., Any]:
         script: Callable[..., Any] = self._r.register_script(text)

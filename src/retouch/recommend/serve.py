@@ -83,6 +83,9 @@ def app(
     service = Service(bundles, store, settings or Serving(), connect=connect, stock=stock)
     limits = limits or Limits()
     batcher = Batcher(service.work, limits.n_together, limits.wait_ms / 1000)
+    reasons = Batcher(
+        service.work, 1, 0.0
+    )  # in a thread of their own: they cost many searches, and nobody waits behind
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -91,17 +94,18 @@ def app(
 
             torch.set_num_threads(threads)
         batcher.start()
+        reasons.start()
         polling = asyncio.get_running_loop().create_task(_poll(service))
         yield
         polling.cancel()
         with suppress(asyncio.CancelledError):
             await polling
-        await batcher.stop()
+        await asyncio.gather(batcher.stop(), reasons.stop())
 
     made = FastAPI(title="Retouch recommends", version=__version__, lifespan=lifespan)
     made.state.service = service
     _errors(made, service)
-    _questions(made, service, batcher, limits)
+    _questions(made, service, (batcher, reasons), limits)
     _facts(made, service, batcher)
     made.add_middleware(Gate, limits=limits, token=token, refused=lambda status: _refused(service, status))
     return made
@@ -116,14 +120,14 @@ async def _poll(service: Service) -> None:
 # ---------------------------------------------------------------- routes
 
 
-def _questions(made: FastAPI, service: Service, batcher: Batcher, limits: Limits) -> None:
+def _questions(made: FastAPI, service: Service, batchers: tuple[Batcher, Batcher], limits: Limits) -> None:
     async def answered(requests: Sequence[Request]) -> list[Answer]:
         for request in requests:
             service.check(request)
         patience = _PATIENCE if any(request.explain for request in requests) else 1
         begin = time.monotonic()
         until = begin + patience * limits.deadline_ms / 1000
-        answers = await asyncio.gather(*(batcher.ask(request, until) for request in requests))
+        answers = await asyncio.gather(*(batchers[request.explain].ask(request, until) for request in requests))
         for answer in answers:
             service.metrics.outcome(answer.rung, "ok", time.monotonic() - begin)
         return answers
@@ -144,7 +148,7 @@ def _questions(made: FastAPI, service: Service, batcher: Batcher, limits: Limits
         pairs = [(event.user, event.item) for event in body.events]
         for user, item in pairs:
             Request(user, (item,))  # the same rules for ids
-        unknown = await asyncio.to_thread(service.append, pairs)
+        unknown = await asyncio.to_thread(service.append, pairs, body.key)
         return {"accepted": len(pairs), "unknown_items": unknown}
 
     one: Any = {200: {"model": Answer}}
@@ -302,13 +306,13 @@ def from_environment() -> FastAPI:
 
     config = json.loads(os.environ[CONFIG])
     bundles = [open_bundle(path) for path in config["bundles"]]
-    address, stock = config["store"], config["stock"]
+    address, stock, settings = config["store"], config["stock"], Serving(**config["settings"])
     return app(
         bundles,
-        settings=Serving(**config["settings"]),
+        settings=settings,
         limits=Limits(**config["limits"]),
         token=config["token"],
         stock=None if stock is None else Path(stock),
-        connect=(lambda: open_store(address)) if address else None,
+        connect=(lambda: open_store(address, look_s=settings.store_ms / 1000)) if address else None,
         threads=config["threads"],
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,7 @@ CREATE TABLE IF NOT EXISTS histories (
     user TEXT PRIMARY KEY, items TEXT, length INTEGER, changed INTEGER
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS changes ON histories (changed);
+CREATE TABLE IF NOT EXISTS told (key TEXT PRIMARY KEY, at INTEGER) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS memo (key BLOB PRIMARY KEY, value BLOB) WITHOUT ROWID;
 """
 _PUT = """
@@ -38,6 +40,8 @@ _MANY = 500
 """Values in one statement; SQLite allows 999 in its oldest builds."""
 KEPT = 1000
 """Latest items of a history that are kept."""
+TOLD_S = 86_400
+"""For how long the key of events is remembered."""
 
 
 class SQLite:
@@ -46,13 +50,14 @@ class SQLite:
     Args:
         path: The file; it and its folder are made.
         timeout_s: How long a call waits for a writer.
+        look_s: The same for reading records and histories; None: as long.
 
     Raises:
         StoreDown: The file cannot be opened or is no such database.
     """
 
-    def __init__(self, path: Path, timeout_s: float = 5.0) -> None:
-        self._path, self._timeout_s = Path(path), timeout_s
+    def __init__(self, path: Path, timeout_s: float = 5.0, look_s: float | None = None) -> None:
+        self._path, self._timeout_s, self._look_s = Path(path), timeout_s, timeout_s if look_s is None else look_s
         self._own = threading.local()
         self._open: list[sqlite3.Connection] = []
         self._lock = threading.Lock()
@@ -64,7 +69,7 @@ class SQLite:
 
     def get_many(self, users: Sequence[str], namespace: str | None = None) -> list[bytes | None]:
         """Return each user's record in one namespace, by default the active one."""
-        with self._reading() as c:
+        with self._looking() as c:
             name = self._active(c) if namespace is None else namespace
             if name is None:
                 return [None] * len(users)
@@ -118,10 +123,12 @@ class SQLite:
             c.execute("UPDATE pointer SET previous = NULL WHERE previous = ?", (namespace,))
             return c.execute("DELETE FROM records WHERE namespace = ?", (namespace,)).rowcount
 
-    def append(self, events: Iterable[tuple[str, str]]) -> int:
-        """Add items to histories, in order."""
+    def append(self, events: Iterable[tuple[str, str]], key: str = "") -> int:
+        """Add items to histories, in order; all of one key or, where it was told before, none."""
         with self._writing() as c:
             count = 0
+            if key and not self._is_told_first(c, key):
+                return 0
             for user, item in events:
                 row = c.execute("SELECT items, length FROM histories WHERE user = ?", (user,)).fetchone()
                 items, length = (json.loads(row[0]), row[1]) if row else ([], 0)
@@ -129,18 +136,32 @@ class SQLite:
                 count += 1
         return count
 
-    def put_histories(self, histories: Mapping[str, Past]) -> None:
-        """Set histories, unless a longer one is known."""
+    def put_histories(self, histories: Mapping[str, Past], *, replace: bool = False) -> None:
+        """Set histories, unless a longer one is known, or whatever is known."""
         with self._writing() as c:
             for user, past in histories.items():
-                row = c.execute("SELECT length FROM histories WHERE user = ?", (user,)).fetchone()
-                if row is None or row[0] < past.length:
+                row = c.execute("SELECT items, length FROM histories WHERE user = ?", (user,)).fetchone()
+                if replace and row != (json.dumps(past.items[-KEPT:]), past.length):
+                    c.execute("DELETE FROM records WHERE user = ?", (user,))
                     self._set(c, user, past)
+                elif row is None or row[1] < past.length:
+                    self._set(c, user, past)
+
+    def forget(self, users: Sequence[str], *, histories: bool = True) -> int:
+        """Remove users' records in all namespaces, and their histories."""
+        removed = 0
+        with self._writing() as c:
+            for part in _parts(users):
+                marks = ",".join("?" * len(part))
+                removed += c.execute(f"DELETE FROM records WHERE user IN ({marks})", part).rowcount
+                if histories:
+                    c.execute(f"DELETE FROM histories WHERE user IN ({marks})", part)
+        return removed
 
     def histories(self, users: Sequence[str]) -> list[Past | None]:
         """Return users' histories."""
         found: dict[str, Past] = {}
-        with self._reading() as c:
+        with self._looking() as c:
             for part in _parts(users):
                 query = f"SELECT user, items, length FROM histories WHERE user IN ({','.join('?' * len(part))})"
                 found.update((u, Past(tuple(json.loads(i)), n)) for u, i, n in c.execute(query, part))
@@ -179,19 +200,25 @@ class SQLite:
         row = (user, json.dumps(past.items[-KEPT:]), past.length, top + 1)
         c.execute("INSERT OR REPLACE INTO histories VALUES (?, ?, ?, ?)", row)
 
+    def _is_told_first(self, c: sqlite3.Connection, key: str) -> bool:
+        now = int(time.time())
+        c.execute("DELETE FROM told WHERE at < ?", (now - TOLD_S,))
+        return c.execute("INSERT OR IGNORE INTO told VALUES (?, ?)", (key, now)).rowcount == 1
+
     def _active(self, c: sqlite3.Connection) -> str | None:
         name = c.execute("SELECT active FROM pointer").fetchone()[0]
         return None if name is None else str(name)
 
-    def _connection(self) -> sqlite3.Connection:
-        """Return this thread's connection: SQLite's may not be shared."""
-        found: sqlite3.Connection | None = getattr(self._own, "connection", None)
-        if found is None:
+    def _connection(self, timeout_s: float | None = None) -> sqlite3.Connection:
+        """Return this thread's connection of some patience: SQLite's may not be shared."""
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        held: dict[float, sqlite3.Connection] = vars(self._own).setdefault("held", {})
+        if (found := held.get(timeout_s)) is None:
             found = sqlite3.connect(
-                self._path, timeout=self._timeout_s, isolation_level=None, check_same_thread=False
+                self._path, timeout=timeout_s, isolation_level=None, check_same_thread=False
             )  # closed by another thread
             found.execute("PRAGMA synchronous = NORMAL")
-            self._own.connection = found
+            held[timeout_s] = found
             with self._lock:
                 self._open.append(found)
         return found
@@ -200,6 +227,12 @@ class SQLite:
     def _reading(self) -> Iterator[sqlite3.Connection]:
         """Read one state, even if a writer commits in between."""
         with self._named(), _transaction(self._connection(), "BEGIN") as connection:
+            yield connection
+
+    @contextmanager
+    def _looking(self) -> Iterator[sqlite3.Connection]:
+        """Read one state for somebody who waits for an answer."""
+        with self._named(), _transaction(self._connection(self._look_s), "BEGIN") as connection:
             yield connection
 
     @contextmanager

@@ -78,12 +78,22 @@ class Store(Protocol):
         """Remove a namespace that is not active; return how many records it held."""
         ...
 
-    def append(self, events: Iterable[tuple[str, str]]) -> int:
-        """Add (user, raw item id) to users' histories, in order; return how many."""
+    def append(self, events: Iterable[tuple[str, str]], key: str = "") -> int:
+        """Add (user, raw item id) to users' histories, in order; return how many.
+
+        With a key, the same events under the same key are added once, for a day: a caller may send them again.
+        """
         ...
 
-    def put_histories(self, histories: Mapping[str, Past]) -> None:
-        """Set users' histories, unless a longer one is known."""
+    def put_histories(self, histories: Mapping[str, Past], *, replace: bool = False) -> None:
+        """Set users' histories, unless a longer one is known.
+
+        With `replace` they stand whatever is known, and users whose history is another now lose their records.
+        """
+        ...
+
+    def forget(self, users: Sequence[str], *, histories: bool = True) -> int:
+        """Remove users' records in all namespaces, and their histories; return how many records there were."""
         ...
 
     def histories(self, users: Sequence[str]) -> list[Past | None]:
@@ -107,12 +117,13 @@ class Store(Protocol):
         ...
 
 
-def open_store(url: str, *, timeout_s: float | None = None) -> Store:
+def open_store(url: str, *, timeout_s: float | None = None, look_s: float | None = None) -> Store:
     """Open a store by its address.
 
     Args:
         url: ``sqlite:PATH``, ``redis://HOST:PORT/NUMBER`` or ``rediss://…``.
         timeout_s: How long a call may take; by default 5 s with SQLite and 1 s with Redis.
+        look_s: How long reading records and histories may take, for servers; by default the same.
 
     Raises:
         UserError: The address is not understood, or a package is missing.
@@ -125,9 +136,9 @@ def open_store(url: str, *, timeout_s: float | None = None) -> Store:
         path = url.removeprefix("sqlite:").removeprefix("//")
         if not path:
             raise UserError("sqlite: needs a path: sqlite:knowledge.db")
-        return SQLite(Path(path), timeout_s or 5.0)
+        return SQLite(Path(path), timeout_s or 5.0, look_s)
     if kind in ("redis", "rediss", "unix"):
         from .redis import Redis
 
-        return Redis(url, timeout_s or 1.0)
+        return Redis(url, timeout_s or 1.0, look_s)
     raise UserError(f"The store {url!r} is not understood. Allowed: sqlite:PATH, redis://HOST:PORT/NUMBER, rediss://…")

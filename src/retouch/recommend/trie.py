@@ -7,14 +7,19 @@ neighbours as well. Built by one sort, without a loop over items.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UserError
 
-__all__ = ["Ints", "Trie"]
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+__all__ = ["Ints", "Trie", "TrieTensors"]
 
 Ints = NDArray[np.int32]
 
@@ -43,6 +48,7 @@ class Trie:
     leaf: tuple[Ints, ...]
     item: Ints
     place: Ints
+    _tensors: dict[str, TrieTensors] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def of(cls, codes: NDArray[np.integer]) -> Trie:
@@ -86,6 +92,20 @@ class Trie:
         """How many prefixes there are of 0, 1, ... codes."""
         return tuple(len(leaf) - 1 for leaf in self.leaf)
 
+    def tensors(self, device: torch.device) -> TrieTensors:
+        """Return the arrays where a search runs; they are made once for each device."""
+        import torch
+
+        def index(array: Ints) -> Tensor:
+            return torch.from_numpy(array).to(device=device, dtype=torch.int64)
+
+        if (found := self._tensors.get(str(device))) is None:
+            with torch.inference_mode(False):
+                start, code, leaf = (tuple(map(index, part)) for part in (self.start, self.code, self.leaf))
+                found = TrieTensors(index(self.item), start, code, leaf, tuple(int(part.max()) for part in self.code))
+            self._tensors[str(device)] = found
+        return found
+
     def find(self, prefixes: NDArray[np.integer]) -> NDArray[np.int64]:
         """Find the node of each prefix.
 
@@ -105,6 +125,16 @@ class Trie:
             at = np.minimum(np.searchsorted(keys, asked), len(keys) - 1)
             node = np.where(keys[at] == asked, at, -1)
         return node
+
+
+class TrieTensors(NamedTuple):
+    """The arrays of a `Trie` as tensors, and the largest code of each level."""
+
+    item: Tensor
+    start: tuple[Tensor, ...]
+    code: tuple[Tensor, ...]
+    leaf: tuple[Tensor, ...]
+    most: tuple[int, ...]
 
 
 def _checked(codes: NDArray[np.integer]) -> Ints:

@@ -326,7 +326,8 @@ def recommend(
     dropout: Annotated[float, typer.Option(help="Of the reference.")] = 0.1,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     export: Annotated[
-        Path | None, typer.Option(help="Only write the split there, as benchmark files of RecBole, and measure nothing.")
+        Path | None,
+        typer.Option(help="Only write the split there, as benchmark files of RecBole, and measure nothing."),
     ] = None,
     work: Annotated[Path | None, typer.Option(help="Folder of what is finished; default: in the cache.")] = None,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
@@ -356,7 +357,8 @@ def recommend(
         found = read(data, format, user, item, time, text, title_map, min_rating, min_count, allow_missing_text)
         if export is not None:
             written = write_benchmark(found, splits.split(found, how, kept, seed), export)
-            return _show.say(f"Saved as {written}: files of {found.n_users:,} users for RecBole.")
+            _show.say(f"Saved as {written}: the split of {found.n_users:,} users for RecBole.")
+            return
         opened = open_model(model) if asks else None
         tokens = api.Tokens(tokeniser, codes, encoder, force)
         prepared = api.prepare(found, work, tokens=tokens, how=how, holdout=kept, seed=seed)

@@ -56,7 +56,9 @@ def _names(ids: Sequence[str], kind: str) -> Sequence[str]:
     """Return ids as they are; blanks part the ids of a list and tabs the columns."""
     bad = next((i for i in ids if not i or i.split() != [i] or '"' in i), None)
     if bad is not None:
-        raise UserError(f"The {kind} id {bad!r} is empty or has a blank or a quote in it, and RecBole's files use them.")
+        raise UserError(
+            f"The {kind} id {bad!r} is empty or has a blank or a quote in it, and RecBole's files use them."
+        )
     return ids
 
 
@@ -67,9 +69,7 @@ def _rows(
         yield users[user - 1], " ".join(items[i - 1] for i in window[window > 0]), items[target - 1]
 
 
-def _plain(
-    data: Interactions, splits: Splits, users: Sequence[str], items: Sequence[str]
-) -> Iterator[tuple[str, str]]:
+def _plain(data: Interactions, splits: Splits, users: Sequence[str], items: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Give what is trained on, with the first interaction of each history, which is no target but counts."""
     for user, taken in zip(users, _counted(data, splits)):
         for item in taken:

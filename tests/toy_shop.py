@@ -9,7 +9,7 @@ from retouch.recommend.data import Interactions, fingerprint
 
 N_ITEMS = 24
 POLICY = {
-    "n_books": 2, "n_codewords": 4, "d_code": 8, "n_epochs": 2, "batch_size": 64, "warm_up_steps": 2,
+    "n_books": 2, "n_codewords": 4, "d_code": 8, "n_alone": 1, "n_epochs": 2, "batch_size": 64, "warm_up_steps": 2,
     "cuts_per_epoch": 1, "text_cache_mib": 4, "n_validation": 40, "validation_beams": 10, "beams": 24,
 }  # fmt: skip
 """Settings of a policy that is trained in two seconds."""

@@ -162,7 +162,7 @@ def test_the_bound_is_checked_on_halves_of_the_users(result):
 
 def test_a_policy_says_how_it_was_trained(result):
     told = result["methods"][METHODS.split(",")[-1]]["training"]
-    assert told["epoch"] == 1 and told["settled"]["constraint"] == "slice" and "history" not in told
+    assert 1 <= told["epoch"] <= 2 and told["settled"]["constraint"] == "slice" and "history" not in told
     assert "training" not in result["methods"]["popularity"]
 
 

@@ -279,7 +279,7 @@ def _descend(
             tuple(history[kept[:, i], i].tolist()),
             float(margins[i]),
             bool(margins[i] > 0),
-            float(best.drift[i]) if limit else None,
+            max(0.0, float(best.drift[i])) if limit else None,  # rounding takes no drift below 0
             (float(distances[0][i]), float(distances[-1][i])) if search.aim else None,
             bool(over[i]),
         )

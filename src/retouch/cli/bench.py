@@ -264,25 +264,20 @@ def fuse(
     suite = parse_suite(data, seed, template)
     wanted = bench.Bench(
         chosen, before, k, form, per_edge, tuple(shares), score,
-        LoraSettings(rank=rank, alpha=2.0 * rank, epochs=epochs, batch=batch, learning_rate=learning_rate, lean=False), joint, n_selection, n_test,
-        tuple(scales), first, limit, chat, seed,
+        LoraSettings(rank=rank, alpha=2.0 * rank, epochs=epochs, batch=batch, learning_rate=learning_rate, lean=False),
+        joint, n_selection, n_test, tuple(scales), first, limit, chat, seed,
     )  # fmt: skip
     from ..model import open_model
 
     with _show.progress():
         result = bench.run(open_model(model), suite, wanted, json_, work)
-    columns = (
-        "all_correct",
-        "part_correct",
-        "single_correct",
-        "worst_domain",
-        "composition_cost",
-        "ppl",
-        "lam",
-        "seconds",
-    )
+    columns = {"all_correct": "all", "part_correct": "parts", "single_correct": "alone", "worst_domain": "worst",
+               "composition_cost": "cost", "ppl": "ppl", "lam": "scale"}  # fmt: skip
     rows = [[name, *(m.get(c) for c in columns)] for name, m in result["methods"].items()]
-    _show.table(f"{result['n']:,} composed prompts of {result['data']}", ["system", *columns], rows)
+    _show.table(f"{result['n']:,} composed prompts of {result['data']}", ["system", *columns.values()], rows)
+    _show.say(
+        "all, parts: right answers in composed prompts; alone: the same questions one by one; cost: alone less parts."
+    )
     _show.say(f"Saved as {json_}.")
 
 

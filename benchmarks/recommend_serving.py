@@ -44,7 +44,10 @@ from retouch.recommend.tokenise import assign
 
 USERS = 2000
 CLIENTS = (1, 32)
-KEPT = {"lines": [{"rung": r, "segment": "all", "verdict": "kept"} for r in ("fresh", "stale", "prototype")]}
+KEPT = {
+    "lines": [{"rung": r, "segment": "all", "verdict": "kept"} for r in ("fresh", "stale", "prototype")],
+    "about": {"lags": {"fresh": 4, "stale": 8}},
+}
 
 
 def random_bundle(n_items: int, size: str) -> Bundle:

@@ -20,10 +20,8 @@ from retouch.recommend.metrics import (
     intervals,
     mrr,
     ndcg,
-    ndcg_of_sets,
     paired,
     per_user,
-    per_user_ranks,
     recall,
     values,
 )
@@ -60,14 +58,6 @@ def test_several_targets_are_averaged_within_their_user_first():
     names, found = per_user(users, values(ranks, ["recall@10"]))
     assert names.tolist() == [1, 3]
     assert found.ravel().tolist() == pytest.approx([1, 1 / 3])
-
-
-def test_several_targets_in_one_ranking():
-    sets = per_user_ranks(np.array([2, 1, 2]), np.array([2, 4, 30]))
-    assert [s.tolist() for s in sets] == [[4], [2, 30]]
-    best = 1 + 1 / math.log2(3)
-    assert ndcg_of_sets(sets, 10).tolist() == pytest.approx([1 / math.log2(5), 1 / math.log2(3) / best])
-    assert ndcg_of_sets([np.arange(1, 21)], 10).tolist() == pytest.approx([1])  # more targets than places
 
 
 def test_coverage_does_not_count_the_padding():

@@ -7,15 +7,15 @@ Users are the independent unit: a user's targets are averaged first, and resampl
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UserError
 
-__all__ = ["METRICS", "bootstrap", "coverage", "guard", "ideal", "intervals", "mrr", "ndcg", "ndcg_of_sets", "paired",
-           "per_user", "per_user_ranks", "recall", "values"]  # fmt: skip
+__all__ = ["METRICS", "bootstrap", "coverage", "guard", "intervals", "mrr", "ndcg", "paired",
+           "per_user", "recall", "values"]  # fmt: skip
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -93,33 +93,6 @@ def per_user(users: NDArray[np.integer], found: Floats) -> tuple[NDArray[np.int6
     sums = np.zeros((len(names), found.shape[1]))
     np.add.at(sums, row, found)
     return names.astype(np.int64), sums / np.bincount(row, minlength=len(names))[:, None]
-
-
-# ---------------------------------------------------------------- several targets in one ranking
-
-
-def per_user_ranks(users: NDArray[np.integer], ranks: Ints) -> list[Ints]:
-    """Gather the ranks of each user's targets, in the order of user numbers."""
-    order = np.argsort(users, kind="stable")
-    edges = np.flatnonzero(np.diff(np.asarray(users)[order])) + 1
-    return np.split(np.asarray(ranks, np.int64)[order], edges)
-
-
-def ideal(n_targets: int, k: int) -> float:
-    """Return the discounted gain of a ranking that begins with all targets."""
-    return float(sum(1 / math.log2(rank + 1) for rank in range(1, min(k, n_targets) + 1)))
-
-
-def ndcg_of_sets(sets: Iterable[Ints], k: int) -> Floats:
-    """Return the discounted gain of each user's targets in one ranking, as a share of the ideal one.
-
-    Shapes: [users]
-
-    Example:
-        >>> ndcg_of_sets([np.array([1, 2]), np.array([1, 9])], 5).round(3).tolist()
-        [1.0, 0.613]
-    """
-    return np.array([ndcg(ranks, k).sum() / ideal(len(ranks), k) for ranks in sets])
 
 
 def coverage(top: NDArray[np.int32], n_items: int) -> float:

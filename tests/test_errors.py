@@ -36,7 +36,7 @@ def test_the_drawn_tree_is_the_real_one(name, parent, code):
 
 def test_every_error_is_drawn_and_exported():
     assert {name for name, _, _ in drawn()} == set(CLASSES)
-    assert set(errors.__all__) == {*CLASSES, "unknown"}
+    assert set(errors.__all__) == {*CLASSES, "absent", "unknown"}
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -64,3 +64,9 @@ def test_any_text_can_be_unknown(name, known):
     message = str(errors.unknown("method", name, known))
     assert repr(name) in message
     assert all(k in message for k in known)
+
+
+def test_a_path_that_is_not_there_says_what_is_near(tmp_path):
+    (tmp_path / "train.tsv").touch()
+    assert str(errors.absent(tmp_path / "tran.tsv")).endswith("Did you mean 'train.tsv'?")
+    assert str(errors.absent(tmp_path / "none" / "x")) == f"There is no file or folder '{tmp_path}/none/x'."

@@ -13,7 +13,7 @@ from retouch import change as changes
 from retouch import store
 from retouch.change import Change, Dense, LowRank
 from retouch.errors import NoEffect, StoreError, UnknownName, UserError, WrongBase
-from retouch.ledger import Ledger, open_ledger, read_log, save_ledger
+from retouch.ledger import Ledger, carried, open_ledger, read_log, save_ledger
 from retouch.linalg import Identity, solve
 from retouch.model import open_model, wrap
 from retouch.parting import columns_of, identities, without
@@ -109,7 +109,7 @@ def test_a_line_says_what_was_done(llama):
 
 
 def test_a_change_that_is_in_force_is_not_applied_again(two, llama):
-    with pytest.raises(NoEffect, match="in force already, as number 2"):
+    with pytest.raises(StoreError, match="in force already, as number 2"):
         two.apply(make_change(llama, 2))
     again = two.undo(2).apply(make_change(llama, 2))
     assert [e.number for e in again.entries if e.active] == [1, 3]
@@ -331,6 +331,16 @@ def test_a_saved_folder_is_replaced_by_the_next_one(two, tmp_path):
     save_ledger(open_ledger(tmp_path / "edited").undo(2), tmp_path / "edited")
     assert [e.active for e in open_ledger(tmp_path / "edited").entries] == [True, False]
     assert "1 changes in force of 2 ever made" in (tmp_path / "edited" / "README.md").read_text()
+
+
+def test_what_another_process_wrote_meanwhile_is_not_lost(two, tmp_path):
+    save_ledger(two, folder := tmp_path / "edited")
+    found, mine = carried(folder), open_ledger(folder).undo(1)
+    save_ledger(open_ledger(folder).undo(2), folder, found=found)
+    with pytest.raises(StoreError, match="written by another process meanwhile"):
+        save_ledger(mine, folder, found=found)
+    assert [e.active for e in open_ledger(folder).entries] == [True, False]
+    assert carried(tmp_path / "nowhere") == []
 
 
 def test_a_model_without_a_ledger_has_an_empty_one(llama, tmp_path):

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from collections import Counter
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -19,10 +20,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.cells import cell_len
 from rich.console import Console
 
 from retouch import report as r
-from retouch._pictures import COLOURS, clean
+from retouch._pictures import COLOURS, clean, shown
+from retouch._sheet import Sheet
 from retouch.errors import StoreError
 
 HOSTILE = "<script>alert('x')</script>\"&amp;{{ 7*7 }}{% raw %}]]>-->\x1b[31m\x00$a_b$ \u202e"
@@ -279,6 +282,30 @@ def test_terminal_table_becomes_blocks_where_it_does_not_fit() -> None:
     table = r.Table("Facts", tuple(f"column {i}" for i in range(9)), (tuple(range(9)),))
     item = r.Report("T", "S.", "m", (table,), environment={})
     assert "column 3 3" in printed(item, 40) and "column 3 3" not in printed(item, 140)
+
+
+WORDS = st.text("abc defg \u6771", min_size=1, max_size=30)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.one_of(st.none(), WORDS, st.floats(-9, 9)), min_size=1, max_size=8), st.data(), st.integers(20, 110))
+def test_no_cell_and_no_column_is_cut_off_at_any_width(cells: list[Any], data: st.DataObject, width: int) -> None:
+    columns = tuple(data.draw(WORDS) for _ in cells)
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    console.print(Sheet(columns, (tuple(cells), tuple(cells)), ruled=data.draw(st.booleans())))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert max(map(cell_len, text.splitlines())) <= width
+    letters = [c for c in "".join(columns) + 2 * "".join(shown(cell) for cell in cells) if not c.isspace()]
+    assert not Counter(letters) - Counter(text)
+
+
+def test_a_table_shares_the_room_and_breaks_no_short_word() -> None:
+    columns = ("weight", "conflict", "share of the norm", "how far a text of many words moves the key")
+    rows = (("blocks.3.attention.query", 0.3276, 0.5201, 0.4999),)
+    console = Console(file=io.StringIO(), width=80, color_system=None)
+    console.print(Sheet(columns, rows))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "blocks.3.attention.query" in text and "0.4999" in text and "conflict" in text
 
 
 @settings(max_examples=25, deadline=None)

@@ -67,7 +67,7 @@ def _fork(work):
 
 def _force(path_name):
     if path_name == "fallback":
-        store._exchange = lambda new, target: False
+        store.folders._exchange = lambda new, target: False
 
 
 def kill_writers(folder, n_kills, path_name, seed="0"):
@@ -164,14 +164,15 @@ def fill_disk(mount):
         lambda: store.save_tensors(mount + "/t.safetensors", {"w": torch.zeros(2**19)}),
         lambda: store.write_json_atomic(mount + "/note.json", "x" * 2**21),
     ):
-        for room in (store._check_room, lambda *_: None):  # with the check before, and with the disk's own error
-            keep, store._check_room = store._check_room, room
+        checked = store.places.check_room
+        for room in (checked, lambda *_: None):  # with the check before, and with the disk's own error
+            store.folders.check_room = store.files.check_room = room
             try:
                 what()
                 told.append("no error")
             except StoreError as error:
                 told.append(str(error))
-            store._check_room = keep
+            store.folders.check_room = store.files.check_room = checked
     names = sorted(p.name for p in Path(mount).iterdir())
     return {"told": told, "state": state(folder), "names": names, "note": store.read_json(mount + "/note.json")}
 
@@ -184,6 +185,17 @@ def script(*arguments, before=()):
 
 
 # Kills and interruptions.
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("x")
+    store.refuse_place(tmp_path / "new" / "deep")
+    assert names_in(tmp_path) == ["file"]
+    with pytest.raises(StoreError, match="cannot be written"):
+        store.refuse_place(tmp_path / "file" / "out")
+    store.write_folder(tmp_path / "saved", A)
+    with pytest.raises(StoreError, match="lies inside"):
+        store.refuse_place(tmp_path / "saved" / "out")
 
 
 @pytest.mark.slow
@@ -303,8 +315,8 @@ def test_a_file_system_without_locks_and_exchange_still_saves(tmp_path, monkeypa
     def flock(handle, how):
         raise OSError(errno.ENOTSUP, "no locks here")
 
-    monkeypatch.setattr(store.fcntl, "flock", flock)
-    monkeypatch.setattr(store, "_renameat2", lambda: None)
+    monkeypatch.setattr(store.locks.fcntl, "flock", flock)
+    monkeypatch.setattr(store.folders, "_renameat2", lambda: None)
     store.write_folder(tmp_path / "saved", A)
     store.write_folder(tmp_path / "saved", B)
     assert state(tmp_path / "saved") == "B"
@@ -552,7 +564,7 @@ def test_an_unreadable_folder_is_a_store_error(tmp_path, monkeypatch):
     def deny(path):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr(store, "sha256_file", deny)  # root may read everything, so the refusal is made up
+    monkeypatch.setattr(store.manifest, "sha256_file", deny)  # root may read everything, so the refusal is made up
     with pytest.raises(StoreError, match=r"cannot be read: Permission denied"):
         store.check_folder(tmp_path / "saved")
 
@@ -601,7 +613,7 @@ def tensors_of_each_dtype():
     import torch
 
     values = torch.tensor([[0.0, 1.0, -2.0], [0.5, 4.0, 1.0]])
-    found = {name: values.to(getattr(torch, name)) for name in store._DTYPES}
+    found = {name: values.to(getattr(torch, name)) for name in store.tensors._DTYPES}
     found |= {
         "view": values.t(),
         "tied": values,
@@ -801,7 +813,7 @@ def test_a_tensor_digest_sees_dtype_shape_and_every_bit():
     assert store.digest_tensor(torch.nn.Parameter(base)) == store.digest_tensor(base)
     oracle = hashlib.sha256(b"torch.float32 (3, 4)\n" + base.numpy().tobytes()).hexdigest()
     assert store.digest_tensor(base) == oracle
-    assert store._raw(base).obj.__array_interface__["data"][0] == base.data_ptr(), "no copy is made"
+    assert store.keys.raw(base).obj.__array_interface__["data"][0] == base.data_ptr(), "no copy is made"
 
 
 def test_a_file_hash_is_sha256(tmp_path):

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from .errors import UserError, absent
 
 __all__ = ["parquet_columns"]
 
 
-def parquet_columns(
-    path: Path, otherwise: str, missing: Callable[[Path], UserError]
-) -> tuple[dict[str, list[Any]], int]:
+def parquet_columns(path: Path, otherwise: str) -> tuple[dict[str, list[Any]], int]:
     """Return the columns by name, and how many rows there are.
 
     Args:
         path: The file.
         otherwise: The formats that need no further package, for the message.
-        missing: Makes the error for a file that is not there.
 
     Raises:
         UserError: The file is missing, empty or no Parquet, or the package that reads it is not installed.
@@ -32,7 +28,7 @@ def parquet_columns(
             f"Reading {path.name} needs the package pyarrow: pip install pyarrow. Or save it as {otherwise}."
         ) from error
     if not path.is_file():
-        raise missing(path)
+        raise absent(path)
     try:
         table = parquet.ParquetFile(path).read()
     except (arrow.ArrowException, OSError) as error:

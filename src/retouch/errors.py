@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 __all__ = [
     "BoundRefused",
@@ -32,6 +33,7 @@ __all__ = [
     "UnknownName",
     "UserError",
     "WrongBase",
+    "absent",
     "unknown",
 ]
 
@@ -111,3 +113,12 @@ def unknown(what: str, name: str, known: Iterable[str], see: str = "") -> Unknow
     hint = f" Did you mean {near[0]!r}?" if near else ""
     tail = f" See: {see}" if see else ""
     return UnknownName(f"No {what} is called {name!r}.{hint} Known: {', '.join(names) or 'none'}.{tail}")
+
+
+def absent(path: Path) -> UserError:
+    """Build the error for a file that is not there, or is a folder, with the nearest name that is."""
+    if path.is_dir():
+        return UserError(f"{path} is a folder. Name a file in it.")
+    names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, names, n=1)
+    return UserError(f"There is no file or folder {str(path)!r}.{f' Did you mean {near[0]!r}?' if near else ''}")

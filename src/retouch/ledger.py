@@ -7,7 +7,7 @@ only on the set of changes in force: undo is bit-exact, in any order.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,11 +21,11 @@ from . import store
 from .change import Change
 from .compare import difference, survival
 from .entry import Entry, load_entry
-from .errors import NoEffect, StoreError, UnknownName
+from .errors import StoreError, UnknownName
 from .model import Model, open_model
 from .parting import bound_facts, columns_of, identities, without
 
-__all__ = ["Entry", "Ledger", "Policy", "difference", "open_ledger", "read_log", "save_ledger", "survival"]
+__all__ = ["Entry", "Ledger", "Policy", "carried", "difference", "open_ledger", "read_log", "save_ledger", "survival"]
 
 FORMAT = 1
 Policy = Literal["replace", "stack"]
@@ -140,12 +140,13 @@ class Ledger:
 
         Raises:
             WrongBase: It was planned for another model.
-            NoEffect: It is in force already, or the weights did not become what was planned.
+            StoreError: It is in force already.
+            NoEffect: The weights did not become what was planned.
         """
         changes.check_base(self.model, change)
         if any(c.id == change.id for c in self.active):
             number = next(e.number for e in self.entries if e.active and e.change.id == change.id)
-            raise NoEffect(
+            raise StoreError(
                 f"Change {change.id} is in force already, as number {number}. Undo that first, or plan anew."
             )
         planned_without = set(change.notes.get("supersedes", ()))
@@ -153,7 +154,7 @@ class Ledger:
             stale = {n: self._entry(n).change.id for n in self.conflicts(change.facts)}
             if policy == "replace" or set(stale.values()) <= planned_without:
                 return self.supersede(change.facts)[0].apply(change, when, "stack")
-        originals = {n: changes._matrix(self.model, n).clone() for n in change.parts if n not in self.originals}
+        originals = {n: changes.matrix_of(self.model, n).clone() for n in change.parts if n not in self.originals}
         stamp = when or datetime.now(UTC).isoformat(timespec="seconds")
         seen = {n: _output(self.model, n, keys) for n, keys in change.keys.items()}
         entry = Entry(self.last + 1, change, stamp, seen=seen)
@@ -236,11 +237,16 @@ class Ledger:
 
 
 def _output(model: Model, name: str, keys: Tensor) -> Tensor:
-    return (changes._matrix(model, name).double().cpu() @ keys.double()).float()
+    return (changes.matrix_of(model, name).double().cpu() @ keys.double()).float()
 
 
 def save_ledger(
-    ledger: Ledger, path: str | Path, *, dtype: str | None = None, report: Mapping[str, Any] | None = None
+    ledger: Ledger,
+    path: str | Path,
+    *,
+    dtype: str | None = None,
+    report: Mapping[str, Any] | None = None,
+    found: Sequence[Mapping[str, Any]] | None = None,
 ) -> None:
     """Write a model folder that any Hugging Face loader opens and that carries its ledger.
 
@@ -249,10 +255,14 @@ def save_ledger(
         path: The folder; an existing model folder of ours is replaced in one step.
         dtype: Type of the stored weights; by default the file type the model came in.
         report: Measurements to keep beside.
+        found: The changes that the folder carried when the work began, from `carried`. If it carries others by now,
+            another process has written it, whose work would be lost.
+
+    Raises:
+        StoreError: The folder holds something else, was written meanwhile, or cannot be written.
     """
     path = Path(path)
-    if (path / "retouch.json").is_file() and store.read_json(path / "retouch.json").get("kind") != "model":
-        raise StoreError(f"{path} holds a change, which the model would replace. Name another folder.")
+    carried(path)  # refuses to replace something else
     dtype = dtype or ledger.model.file_dtype
     record = {
         "format": FORMAT,
@@ -263,6 +273,10 @@ def save_ledger(
         **ledger.to_dict(),
     }
     with store.writing(path) as folder:
+        if found is not None and carried(path) != list(found):  # the lock is held from here to the swap
+            raise StoreError(
+                f"{path} was written by another process meanwhile, so nothing was changed here. Give the command again."
+            )
         ledger.model.save_files(folder, dtype)
         (folder / "retouch.json").write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
         (folder / "README.md").write_text(_card(ledger), encoding="utf-8")
@@ -329,6 +343,8 @@ def read_log(path: Path) -> dict[str, Any]:
             f"There is no model folder {str(path)!r}. A log stands in a folder that `retouch apply` wrote."
         )
     if not (path / "retouch.json").is_file():
+        if not (path / "config.json").is_file():
+            raise StoreError(f"{path} holds no model: it has no config.json. A log stands beside a model.")
         return {"base": None, "changes": []}
     record = store.read_json(path / "retouch.json")
     if not isinstance(record, dict) or record.get("kind") != "model" or not isinstance(record.get("changes"), list):
@@ -336,6 +352,19 @@ def read_log(path: Path) -> dict[str, Any]:
             f"{path} holds no model of ours (kind {record.get('kind')!r}). See a change: retouch show {path}"
         )
     return {"base": record["base"], "changes": record["changes"]}
+
+
+def carried(path: Path) -> list[dict[str, Any]]:
+    """Read the changes of a model folder, in order; none where no model of ours is yet.
+
+    Raises:
+        StoreError: What is there is a change, or its record is damaged.
+    """
+    if not (path / "retouch.json").is_file():
+        return []
+    if store.read_json(path / "retouch.json").get("kind") != "model":
+        raise StoreError(f"{path} holds a change, which the model would replace. Name another folder.")
+    return list(read_log(path)["changes"])
 
 
 def _card(ledger: Ledger) -> str:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
 import pytest
 
-from retouch import store
 from retouch.errors import BoundRefused, UserError
-from retouch.fuse.certificate import attempt, prove
+from retouch.fuse.certificate import prove
 
 
 def answers(n: int, broken: int = 0, mended: int = 0) -> tuple[dict, dict]:
@@ -62,26 +59,6 @@ def test_the_bound_covers_the_true_drop():
     assert misses <= 0.1 * 200 + 3 * (0.09 * 200) ** 0.5
 
 
-def test_attempts_are_counted_for_each_test_split():
-    assert [attempt(["a", "b"]), attempt(["b", "a"]), attempt(["c"])] == [1, 2, 1]
-    assert attempt(["a", "b"], ["d"]) == 3  # beside a split that is asked for the first time
-    assert attempt(["d"]) == 2
-
-
-def test_attempts_at_one_time_each_get_their_own_number():
-    with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda _: attempt(["x", "y"]), range(16)))
-    assert sorted(found) == list(range(1, 17))
-
-
-def test_a_count_that_cannot_be_read_is_named():
-    attempt(["a"])
-    place = next((store.cache_dir() / "fuse" / "attempts").glob("*/attempts.json"))
-    place.write_text("{}")
-    with pytest.raises(UserError, match="does not hold a count of attempts"):
-        attempt(["a"])
-
-
 def test_bad_input_is_named():
     fused, before = answers(10)
     with pytest.raises(UserError, match="at least one reference"):
@@ -90,5 +67,5 @@ def test_bad_input_is_named():
         prove(fused, {"base": {"law": np.ones(10, bool)}}, 0.1)
     with pytest.raises(UserError, match="10 answers of the fused model, 9"):
         prove(fused, {"base": {"news": np.ones(9, bool)}}, 0.1)
-    with pytest.raises(UserError, match="attempts count from 1"):
+    with pytest.raises(UserError, match="Attempts count from 1"):
         prove(fused, before, 0.1, attempt=0)

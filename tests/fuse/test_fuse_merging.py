@@ -203,10 +203,10 @@ def test_without_selection_questions_no_best_adapter_can_be_chosen(model, edges,
 def test_other_questions_of_the_same_test_split_are_another_attempt(model, edges):
     many = made.suite({"test": 40})
     tries = [merge(model, edges, cat(), suite=many, limit=0.9, n_certify=n).proof.attempt for n in (30, 30, 29, None)]
-    assert tries == [1, 2, 3, 4]
+    assert tries == [1, 1, 2, 3], "the same look again is none"
     two = {split: {d: own for d, own in many.questions(split).items() if d != "news"} for split in made.N}
     fewer = dataclasses.replace(many, domains=("law", "film"), **two)
-    assert merge(model, edges, cat(), suite=fewer, limit=0.9).proof.attempt == 5
+    assert merge(model, edges, cat(), suite=fewer, limit=0.9).proof.attempt == 4
 
 
 def test_too_few_questions_cannot_certify(model, suite, edges):

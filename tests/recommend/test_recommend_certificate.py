@@ -1,7 +1,6 @@
 import dataclasses
 import json
 import math
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from retouch.errors import BoundRefused, StoreError, UserError
 from retouch.recommend.base import Item, Run
 from retouch.recommend.certificate import Certified, Terms, certify, recompute, require
 from retouch.recommend.data import Interactions
-from retouch.recommend.evidence import Evidence, attempt_of, collect, next_attempt, slice_key
+from retouch.recommend.evidence import Evidence, collect, slice_key
 from retouch.recommend.popularity import Popularity
 from retouch.recommend.splits import CERTIFICATE, split
 
@@ -100,7 +99,7 @@ def test_every_attempt_has_less_to_spend_and_all_together_no_more_than_was_said(
     assert spent[0] == pytest.approx(0.025) and sum(spent) < 0.05 and spent == sorted(spent, reverse=True)
     uppers = [certify(evidence(), Terms(0.05, attempt=k)).line().upper for k in (1, 2, 5)]
     assert uppers == sorted(uppers) and uppers[0] < uppers[2]
-    with pytest.raises(UserError, match="attempts count from 1"):
+    with pytest.raises(UserError, match="Attempts count from 1"):
         certify(evidence(), Terms(0.05, attempt=0))
 
 
@@ -210,22 +209,6 @@ def test_other_arrays_are_no_evidence(tmp_path):
     store.save_tensors(tmp_path / "x.safetensors", {"before": torch.zeros(3)})
     with pytest.raises(StoreError, match="no evidence of a certificate"):
         Evidence.load(tmp_path / "x.safetensors")
-
-
-def test_looks_are_counted_by_slice(tmp_path):
-    path = tmp_path / "looks.json"
-    assert [next_attempt(path, "a"), next_attempt(path, "b"), next_attempt(path, "a")] == [1, 1, 2]
-    path.write_text('{"a": "many"}')
-    with pytest.raises(StoreError, match="no counts of looks"):
-        next_attempt(path, "a")
-
-
-def test_looks_at_the_same_data_count_together_and_the_same_look_once():
-    assert [attempt_of("data", look) for look in ("a", "b", "a", "c")] == [1, 2, 1, 3]
-    assert attempt_of("other data", "a") == 1
-    with ThreadPoolExecutor(8) as pool:
-        found = sorted(pool.map(lambda i: attempt_of("at once", str(i)), range(24)))
-    assert found == list(range(1, 25)), "no two looks at once are one"
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 
 from retouch import store
 from retouch.progress import listen
-from retouch.slim import checkpoint
 from retouch.slim.stages import Run, fit
 
 WORDS = toy.tokenizer()
@@ -176,40 +175,6 @@ def test_the_price_of_the_constraint_goes_on_too(straight, tmp_path):
     assert smoothed is not None
     one, other = map(bound, folders)
     assert same(bits(one.network), bits(other.network))
-
-
-def test_moments_return_to_their_parameters():
-    torch.manual_seed(0)
-    layer = torch.nn.Linear(3, 2)
-    optimizer = torch.optim.AdamW(layer.parameters())
-    layer(torch.ones(1, 3)).sum().backward()
-    optimizer.step()
-    kept = checkpoint.moments(optimizer, layer.named_parameters())
-    assert set(kept) == {f"{kind}.{name}" for kind in ("step", "exp_avg", "exp_avg_sq") for name in ("weight", "bias")}
-    fresh = torch.optim.AdamW(layer.parameters())
-    checkpoint.restore_moments(fresh, layer.named_parameters(), kept)
-    assert same(checkpoint.moments(fresh, layer.named_parameters()), kept)
-
-
-def test_there_is_no_state_where_there_is_no_folder(tmp_path):
-    assert checkpoint.load(tmp_path / "none") is None
-    (tmp_path / "foreign").mkdir()
-    (tmp_path / "foreign" / "state.json").write_text("{}")
-    assert checkpoint.load(tmp_path / "foreign") is None
-
-
-@pytest.mark.parametrize("name", ["manifest.json", "state.json", "state.safetensors"])
-def test_a_damaged_stage_is_removed_and_made_again(tmp_path, name):
-    state = {"a": torch.ones(2)}, {"b": 1}
-    checkpoint.save(tmp_path / "stage", *state)
-    (tmp_path / "stage" / name).write_text("")
-    assert checkpoint.load(tmp_path / "stage") is None
-    assert not (tmp_path / "stage").exists()
-    checkpoint.save(tmp_path / "stage", *state)
-    assert checkpoint.load(tmp_path / "stage")[1] == {"b": 1}
-    (tmp_path / "stage" / "notes.txt").write_text("mine")
-    assert checkpoint.load(tmp_path / "stage") is None
-    assert (tmp_path / "stage" / "notes.txt").exists()
 
 
 SCRIPT = """

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from .. import store, tokens
-from ..errors import FactError
+from ..errors import FactError, absent
 from ..model import Model
 from .base import Example
 
@@ -30,8 +30,12 @@ def read_examples(path: str | Path) -> tuple[Example, ...]:
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise FactError(f"{path} cannot be read as text: {error}. Check the path.") from error
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise FactError(str(absent(path))) from error
+    except OSError as error:
+        raise FactError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        raise FactError(f"{path} is not UTF-8 text: byte {error.start}: {error.reason}. Save it as UTF-8.") from error
     if path.suffix not in (".jsonl", ".tsv"):
         raise FactError(f"{path}: examples are read from .jsonl (prompt and target a line) or .tsv files.")
     lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]

@@ -6,7 +6,6 @@ Whatever is wrong becomes one error that says where, what and what to do. Nothin
 from __future__ import annotations
 
 import io
-import json
 import os
 import stat
 from collections.abc import Iterator
@@ -172,8 +171,7 @@ def parsed(data: bytes | bytearray, where: Path) -> dict[str, Any]:
     if data.count(b"[") + data.count(b"{") > MAX_NODES:  # each costs a hundred times its bytes in memory
         raise StoreError(f"{where} holds more than {MAX_NODES:,} lists and objects. Do not use this adapter.")
     try:
-        text = bytes(data).decode("utf-8")
-        found = json.loads(text, parse_constant=store._number, parse_float=store._number, object_pairs_hook=store._once)
+        found = store.parse_json(bytes(data).decode("utf-8"))
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else clipped(error)
         raise StoreError(f"{where} is not valid JSON: {reason}. Copy it again, or do not use this adapter.") from error

@@ -7,18 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import store
+from .. import attempts
 from ..bound import Certificate, certify, needed
-from ..errors import BoundRefused, StoreError, UserError
+from ..errors import BoundRefused, UserError
 from ..report import Table
 
-__all__ = ["DomainProof", "Proof", "Single", "attempt", "prove"]
+__all__ = ["DomainProof", "Proof", "Single", "prove"]
 
 Right = NDArray[np.bool_]
 
@@ -167,8 +166,7 @@ def prove(
             some domains only.
         limit: The drop that is allowed, 0 to 1.
         delta: Probability that any of the bounds is too low.
-        attempt: The number of this attempt on the same questions; attempt a has delta / 2^a, so that trying until it
-            passes is paid for.
+        attempt: The number of this attempt on the same questions; see `retouch.attempts.share`.
         seed: Of the order in which questions are bet on.
 
     Raises:
@@ -182,9 +180,9 @@ def prove(
     asked = [(d, name) for name, by_domain in references.items() for d in by_domain]
     if not asked:
         raise UserError("A certificate needs at least one reference: the base, or a single adapter.")
-    share = delta / 2**attempt / len(asked) if attempt >= 1 else 0.0
-    if not 0 < share < 1:
-        raise UserError(f"delta must lie between 0 and 1 and attempts count from 1; got {delta!r} and {attempt!r}.")
+    if not 0 < delta < 1:
+        raise UserError(f"delta must lie between 0 and 1; got {delta!r}.")
+    error = attempts.share(delta, attempt) / len(asked)
     found = []
     for domain, name in asked:
         if domain not in fused:
@@ -193,39 +191,6 @@ def prove(
         if right.shape != before.shape or right.ndim != 1:
             raise UserError(f"{domain}: {right.size} answers of the fused model, {before.size} of {name}.")
         drop = before.astype(float) - right.astype(float)
-        bound = certify(drop, limit, confidence=1 - share, low=-1.0, what="lost answers", seed=seed)
+        bound = certify(drop, limit, confidence=1 - error, low=-1.0, what="lost answers", seed=seed)
         found.append(DomainProof(domain, name, float((drop > 0).mean()), float((drop < 0).mean()), bound))
     return Proof(float(limit), delta, attempt, tuple(found))
-
-
-def attempt(*splits: Sequence[str]) -> int:
-    """Count one more attempt on these test questions, and return its number, from 1.
-
-    Every domain's test split has its own count, whichever of its questions are asked: neither fewer questions nor
-    another set of domains begins anew. Counts stand in the cache under the hash of the split's keys; they survive the
-    process, and of attempts at one time each gets its own.
-
-    Args:
-        *splits: Keys of all test questions of each domain.
-
-    Raises:
-        UserError: A count in the cache cannot be read.
-    """
-    return max(_counted(store.cache_dir() / "fuse" / "attempts" / store.key(split=sorted(s))[:24]) for s in splits)
-
-
-def _counted(place: Path) -> int:
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with store.writing(place) as folder:  # one at a time
-        count = _count(place) + 1
-        store.write_json_atomic(folder / "attempts.json", {"attempts": count})
-    return count
-
-
-def _count(place: Path) -> int:
-    if not place.is_dir():
-        return 0
-    try:
-        return int(store.read_json(place / "attempts.json")["attempts"])
-    except (KeyError, TypeError, ValueError, StoreError) as error:
-        raise UserError(f"{place} does not hold a count of attempts. Remove it to begin anew.") from error

@@ -266,8 +266,9 @@ def _sentence(found: Sequence[Conflict], names: Sequence[str]) -> str:
     pairs = list(itertools.combinations(range(len(names)), 2))
     i, j = min(pairs, key=lambda p: _mean(above, p[0], p[1], "cosine")[0])
     blocks = sorted({_place(c.name)[0] for c in above})
+    where = f"block {blocks[0]}" if len(blocks) == 1 else f"blocks {blocks[0]} to {blocks[-1]}"
     return (
-        f"{told} {len(above)} of {len(found)} weights lie above it, in blocks {blocks[0]} to {blocks[-1]}; there "
+        f"{told} {len(above)} of {len(found)} weights lie above it, in {where}; there "
         f"{names[i]} and {names[j]} disagree most."
     )
 

@@ -343,6 +343,11 @@ def _ended(program: Program, out: Path, limit: float) -> None:
             until = min(until, time.monotonic() + _END_S)
         time.sleep(0.5)
     if not (out / "result.json").exists() and not (out / "error.json").exists():
+        if "Connection to the SuperLink is unavailable" in program.tail(20):
+            raise UserError(
+                f"No cloud answers on this machine (log: {program.log}). Start it, retouch fuse serve, or name where it "
+                "listens with --address."
+            )
         raise RetouchError(
             f"The run ended without a result. Its log, {program.log}, ends with:\n{program.tail(20)}\nThe SuperLink's log "
             "may say more."

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from .. import attempts, store
 from ..change import Change
 from ..errors import UserError
 from ..model import Model
 from .asking import as_change, asked, likelihoods, right_by_domain
 from .base import Adapter, Question
-from .certificate import Proof, Single, attempt, prove
+from .certificate import Proof, Single, prove
 from .compose import Instance
 from .suites import Suite
 
@@ -88,10 +89,17 @@ def proved(
     singles = best_singles(model, adapters, suite, chat=chat) if len(adapters) > 1 else ()
     best = {s.domain: s.adapter for s in singles if s.best} or dict.fromkeys(suite.domains, adapters[0].name)
     rows = alone(suite.test, n)
+    look = store.key(
+        change=change.id, adapters=[as_change(a).id for a in adapters], best=best, asked=_keys(rows), how=how
+    )
+    number = attempts.count(look, *(store.key(split=sorted(q.key for q in own)) for own in suite.test.values()))
     references = {"base": right_by_domain(asked(model, None, rows, **how))}
     for adapter in adapters:
         if own := [i for i in rows if best[i.parts[0].domain] == adapter.name]:
             references[f"adapter {adapter.name}"] = right_by_domain(asked(model, as_change(adapter), own, **how))
     fused = right_by_domain(asked(model, change, rows, **how))
-    times = attempt(*([q.key for q in own] for own in suite.test.values()))
-    return replace(prove(fused, references, limit, delta=delta, attempt=times), singles=singles)
+    return replace(prove(fused, references, limit, delta=delta, attempt=number), singles=singles)
+
+
+def _keys(rows: Sequence[Instance]) -> list[str]:
+    return sorted(row.parts[0].key for row in rows)

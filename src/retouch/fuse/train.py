@@ -6,7 +6,6 @@ CPU. The model is neither changed nor copied: only the adapter, its gradients an
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .. import store, tokens
+from .. import checkpoint, store, tokens
 from ..errors import ModelError, RetouchError
 from ..measure import watched
 from ..model import Model
@@ -31,7 +30,6 @@ from .base import Adapter, Example
 
 __all__ = ["LoraSettings", "initial_a", "read_examples", "told_size", "train"]
 
-_log = logging.getLogger("retouch")
 _POINTS = 20
 """Points of the loss curve."""
 _FULL = 0.7
@@ -270,38 +268,22 @@ class _Course:
     def _save(self) -> None:
         if self.saved is None:
             return
-        tensors = {f"weight.{n}": p.detach() for n, p in self.weights.items()}
-        for name, parameter in self.weights.items():
-            tensors |= {f"moment.{kind}.{name}": value for kind, value in self.optimizer.state[parameter].items()}
-        tensors["generator.cpu"] = torch.get_rng_state()
-        if self.model.device.type == "cuda":
-            tensors["generator.cuda"] = torch.cuda.get_rng_state(self.model.device)
-        with store.writing(self.saved) as folder:
-            store.save_tensors(folder / "state.safetensors", tensors)
-            store.write_json_atomic(folder / "state.json", {"key": self.key, "position": asdict(self.at)})
+        tensors = {
+            **checkpoint.under("weight", {n: p.detach() for n, p in self.weights.items()}),
+            **checkpoint.under("moment", checkpoint.moments(self.optimizer, self.weights.items())),
+            **checkpoint.under("generator", checkpoint.generators(self.model.device)),
+        }
+        checkpoint.save(self.saved, tensors, {"key": self.key, "position": asdict(self.at)})
 
     def _resumed(self) -> bool:
-        if self.saved is None:
+        if self.saved is None or (found := checkpoint.load(self.saved, self.key)) is None:
             return False
-        store.recover(self.saved)
-        if not self.saved.exists():
-            return False
-        store.check_folder(self.saved)
-        facts = store.read_json(self.saved / "state.json")
-        if facts["key"] != self.key:
-            _log.warning("%s holds a run with other examples, settings or model: it starts again", self.saved.parent)
-            return False
-        tensors = store.load_tensors(self.saved / "state.safetensors")
-        for name, parameter in self.weights.items():
-            parameter.data.copy_(tensors[f"weight.{name}"])
-            state = self.optimizer.state[parameter]
-            for kind in ("step", "exp_avg", "exp_avg_sq"):
-                value = tensors[f"moment.{kind}.{name}"]
-                state[kind] = value if kind == "step" else value.to(parameter.device)
+        tensors, facts = found
+        for name, value in checkpoint.select("weight", tensors).items():
+            self.weights[name].data.copy_(value)
+        checkpoint.restore_moments(self.optimizer, self.weights.items(), checkpoint.select("moment", tensors))
         self.at = _Position(**facts["position"])
-        torch.set_rng_state(tensors["generator.cpu"])
-        if "generator.cuda" in tensors and self.model.device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["generator.cuda"], self.model.device)
+        checkpoint.restore_generators(self.model.device, checkpoint.select("generator", tensors))
         return True
 
 

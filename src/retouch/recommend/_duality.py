@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from .. import checkpoint
 from ..errors import RetouchError
 from ..progress import report
 from . import _training
@@ -367,23 +368,20 @@ class Duality:
     def _save(self) -> None:
         if self.place is None:
             return
-        tensors = {f"best.{name}": value for name, value in self.best.items()}
+        tensors = checkpoint.under("best", self.best)
         tensors["steps"] = torch.tensor(self.steps, dtype=torch.float64).reshape(len(self.steps), len(self.prices), 3)
         if not self.at.done:
             tensors |= _training.snapshot(self.policy, self.optimizer)
         prices = {name: [price.value, price.smoothed] for name, price in self.prices.items()}
-        _training.save_state(self.place, tensors, {"key": self.key, "at": asdict(self.at), "prices": prices})
+        checkpoint.save(self.place, tensors, {"key": self.key, "at": asdict(self.at), "prices": prices})
 
     def _resume(self) -> None:
-        found = None if self.place is None else _training.load_state(self.place)
-        if found is None:
+        if (found := checkpoint.load(self.place, self.key)) is None:
             return
         tensors, facts = found
-        if facts["key"] != self.key:
-            raise RetouchError(f"{self.place} holds the state of another training. Give an empty folder.")
         self.at = Recorded(**facts["at"])
         self.optimizer = self._optimizer()
-        self.best = _training.under("best", tensors)
+        self.best = checkpoint.select("best", tensors)
         self.steps = tensors["steps"].tolist()
         for name, (value, smoothed) in facts["prices"].items():
             self.prices[name].value, self.prices[name].smoothed = value, smoothed

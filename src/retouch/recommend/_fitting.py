@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .. import store
+from .. import checkpoint, store
 from ..bound import upper_bound
 from ..errors import UserError
 from ..model import Model
@@ -18,7 +18,6 @@ from ._adaptor import FixedKnowledge
 from ._draws import LAGS, Asked, Pool, partners
 from ._duality import Duality
 from ._plan import Plan, Prices
-from ._training import load_state
 from ._watch import Watch
 from .base import Run
 from .fitted import PolicyScorer
@@ -218,8 +217,8 @@ def _warn_early(training: Duality, settled: Settled, run: Run) -> None:
 
 def _is_finished(training: Duality) -> bool:
     """Tell whether an earlier call ended this training: then nothing needs to be prepared."""
-    found = None if training.place is None else load_state(training.place)
-    return found is not None and found[1]["key"] == training.key and bool(found[1]["at"]["done"])
+    found = checkpoint.load(training.place, training.key)
+    return found is not None and bool(found[1]["at"]["done"])
 
 
 def _prepare(policy: Policy, pool: Pool, asked: Asked, judged: Asked, run: Run, judges: Samples, seed: int) -> None:

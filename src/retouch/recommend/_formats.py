@@ -6,7 +6,6 @@ What the columns mean is decided in `_sources`. Columns are lists of cells, read
 from __future__ import annotations
 
 import csv
-import difflib
 import io
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from .._parquet import parquet_columns
-from ..errors import UserError, unknown
+from ..errors import UserError, absent, unknown
 
-__all__ = ["Columns", "missing", "read_atomic", "read_csv", "read_parquet", "read_plain", "read_sequences", "text_of"]
+__all__ = ["Columns", "read_atomic", "read_csv", "read_parquet", "read_plain", "read_sequences", "text_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,13 +61,6 @@ class Columns:
 # ---------------------------------------------------------------- text
 
 
-def missing(path: Path) -> UserError:
-    """Build the error for a path that is not there, with the nearest name that is."""
-    names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, names, n=1)
-    return UserError(f"There is no file or folder {str(path)!r}.{f' Did you mean {near[0]!r}?' if near else ''}")
-
-
 def text_of(path: Path, encoding: str = "utf-8-sig") -> str:
     """Read a text file whose lines end in a line feed.
 
@@ -78,7 +70,7 @@ def text_of(path: Path, encoding: str = "utf-8-sig") -> str:
     try:
         data = path.read_bytes()
     except FileNotFoundError as error:
-        raise missing(path) from error
+        raise absent(path) from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
     if b"\0" in data:
@@ -229,7 +221,7 @@ def read_parquet(path: Path) -> Columns:
     Raises:
         UserError: The file is missing, empty or no Parquet, or the package that reads it is not installed.
     """
-    columns, _ = parquet_columns(path, "CSV", missing)
+    columns, _ = parquet_columns(path, "CSV")
     return Columns(path.name, columns, lambda row: f"{path.name} row {row + 1}")
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from .. import store
-from ..errors import UserError
-from ._formats import Columns, missing, read_atomic, read_csv, read_parquet, read_plain
+from ..errors import UserError, absent
+from ._formats import Columns, read_atomic, read_csv, read_parquet, read_plain
 from .base import Item
 
 __all__ = ["USUAL", "described", "ids_of", "item_table", "title_map"]
@@ -114,7 +114,7 @@ def title_map(path: Path | None, item: str, text: Sequence[str], known: Collecti
     if path is None:
         return {}
     if not path.is_file():
-        raise missing(path)
+        raise absent(path)
     if path.suffix == ".json":
         return _of_json(path, item, text)
     if path.name == "u.item":

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import UserError, unknown
-from ._formats import Columns, missing, read_atomic, read_csv, read_parquet, read_plain, read_sequences, text_of
+from ..errors import UserError, absent, unknown
+from ._formats import Columns, read_atomic, read_csv, read_parquet, read_plain, read_sequences, text_of
 from ._items import USUAL, ids_of, item_table, title_map
 from .base import Item
 
@@ -69,7 +69,7 @@ def read(path: Path, format: str, asked: Asked) -> Rows:
     if format and format not in FORMATS:
         raise unknown("format", format, FORMATS)
     if not path.exists():
-        raise missing(path)
+        raise absent(path)
     file, format = _file_of(path, format)
     if format == "movielens":
         return _movielens(file, asked)

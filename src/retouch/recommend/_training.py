@@ -1,29 +1,22 @@
-"""What training by epochs needs whoever trains: the order of the samples, the learning rate, the state on disk.
+"""What training by epochs needs whoever trains: the order of the samples, the learning rate, what decides the next step.
 
-Nothing here knows what is learnt. A state holds weights, moments of the optimiser and the random generators as
-safetensors and all else as JSON, in a folder that appears whole or not at all; a run that goes on from it ends, on a
-CPU, with the same bits as one that was never stopped.
+Nothing here knows what is learnt.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .. import store
-from ..errors import StoreError
+from .. import checkpoint
 
-__all__ = ["adamw", "learning_rate", "load_state", "order", "parts", "restore", "save_state", "snapshot"]
+__all__ = ["adamw", "learning_rate", "order", "parts", "restore", "snapshot"]
 
-_NUMBERS, _REST = "state.safetensors", "state.json"
 _POOL = 16
 """Batches that are sorted by length together."""
 
@@ -78,63 +71,17 @@ def adamw(network: nn.Module, weight_decay: float, free: tuple[str, ...] = ()) -
 # ---------------------------------------------------------------- the state on disk
 
 
-def save_state(folder: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Write a state: tensors by name, and facts that JSON can hold.
-
-    Raises:
-        StoreError: A number is not finite, or the folder cannot be written.
-    """
-    files: dict[str, str | Callable[[Path], None]] = {
-        _NUMBERS: lambda path: store.save_tensors(path, tensors),
-        _REST: json.dumps(facts, allow_nan=False, ensure_ascii=False, indent=1),
-    }
-    store.write_folder(folder, files)
-
-
-def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """Read a state; None where there is none.
-
-    Raises:
-        StoreError: There is one and it is damaged.
-    """
-    store.recover(folder)
-    if not folder.is_dir():
-        return None
-    try:
-        store.check_folder(folder)
-        return store.load_tensors(folder / _NUMBERS), store.read_json(folder / _REST)
-    except StoreError as error:
-        raise StoreError(
-            f"{error} It is the state of an interrupted training; remove {folder} to begin again."
-        ) from error
-
-
 def snapshot(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return everything that decides the next step: weights, moments, and the random generators of torch."""
-    found = {f"network.{name}": value.detach() for name, value in network.state_dict().items()}
-    for name, parameter in network.named_parameters():
-        for kind, value in optimizer.state.get(parameter, {}).items():
-            found[f"{kind}.{name}"] = value
-    found["generator.cpu"] = torch.get_rng_state()
-    device = next(network.parameters()).device
-    if device.type == "cuda":
-        found["generator.device"] = torch.cuda.get_rng_state(device)
-    return found
+    return {
+        **checkpoint.under("network", network.state_dict()),
+        **checkpoint.moments(optimizer, network.named_parameters()),
+        **checkpoint.under("generator", checkpoint.generators(next(network.parameters()).device)),
+    }
 
 
 def restore(network: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Put back what `snapshot` returned."""
-    network.load_state_dict(under("network", tensors))
-    device = next(network.parameters()).device
-    for name, parameter in network.named_parameters():
-        for kind in ("step", "exp_avg", "exp_avg_sq"):
-            if (key := f"{kind}.{name}") in tensors:
-                optimizer.state[parameter][kind] = tensors[key].to(device)
-    torch.set_rng_state(tensors["generator.cpu"])
-    if "generator.device" in tensors and device.type == "cuda":
-        torch.cuda.set_rng_state(tensors["generator.device"], device)
-
-
-def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors whose names begin with a prefix, without it."""
-    return {n.removeprefix(f"{prefix}."): t for n, t in tensors.items() if n.startswith(f"{prefix}.")}
+    network.load_state_dict(checkpoint.select("network", tensors))
+    checkpoint.restore_moments(optimizer, network.named_parameters(), tensors)
+    checkpoint.restore_generators(next(network.parameters()).device, checkpoint.select("generator", tensors))

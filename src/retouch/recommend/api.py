@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import store
+from .. import attempts, store
 from ..change import versions
 from ..errors import StoreError, UserError, unknown
 from ..report import Report, Table
@@ -25,7 +25,7 @@ from .bundle import save_bundle
 from .certificate import Certified, Terms, certify
 from .data import Interactions
 from .evaluate import Evaluation, compare, evaluate
-from .evidence import attempt_of, collect, slice_key
+from .evidence import collect, slice_key
 from .generator_fit import fit_reference
 from .health import Health, examine_catalogue, require
 from .lwgr import LWGR
@@ -305,9 +305,9 @@ def fit(
     prototypes = _prototypes(p, policy)
     served = rungs(policy) | {"prototype": on_prototypes(policy, prototypes)}
     settled = method.settled()
-    attempt, salt = look(p, policy), own_salt()  # counted before it happens
+    number, salt = look(p, policy), own_salt()  # counted before it happens
     found = collect(p.data, p.splits, base, served, len(p.catalogue.sizes), compared=compared or {}, salt=salt)
-    terms = Terms(settled.max_harm, settled.slack, seed=p.splits.seed, attempt=attempt)
+    terms = Terms(settled.max_harm, settled.slack, seed=p.splits.seed, attempt=number)
     about = {
         "data": p.data.fingerprint, "holdout": p.splits.holdout, "how": p.splits.how, "roles_seed": p.splits.seed,
         "versions": versions(), "llm": None if llm is None else llm.fingerprint, "lags": dict(LAGS),
@@ -336,10 +336,13 @@ def _prototypes(p: Prepared, policy: PolicyScorer) -> Prototypes:
 
 
 def look(p: Prepared, policy: PolicyScorer) -> int:
-    """Count a look at the certificate's users; the same policy, measured again in the same way, is the same look."""
+    """Count a look at the certificate's users; the same policy, measured again in the same way, is the same look.
+
+    All looks at the same data count together, whatever the roles of its users: slices of other seeds overlap.
+    """
     key = slice_key(p.data, p.splits)
     how = [policy.beams, policy.full, policy.filter_seen]
-    return attempt_of(p.data.fingerprint, store.key(policy=policy.record["key"], how=how, slice=key))
+    return attempts.count(store.key(policy=policy.record["key"], how=how, slice=key), p.data.fingerprint)
 
 
 def check_device(device: str) -> None:

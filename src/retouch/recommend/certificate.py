@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import bound, store
+from .. import attempts, bound, store
 from ..errors import BoundRefused, StoreError, UserError
 from ..report import Table
 from .evidence import CAP, REPORTED, ROUTABLE, Evidence
@@ -63,8 +63,8 @@ class Terms:
 
     @property
     def alpha(self) -> float:
-        """The error that this attempt may spend; those of all attempts there may ever be add up to the whole."""
-        return (1 - self.confidence) / (self.attempt * (self.attempt + 1))
+        """The error that this attempt may spend; see `retouch.attempts.share`."""
+        return attempts.share(1 - self.confidence, self.attempt)
 
 
 @dataclass(frozen=True)
@@ -241,8 +241,8 @@ def certify(evidence: Evidence, terms: Terms, about: Mapping[str, Any] | None = 
     Raises:
         UserError: There is no evidence of a rung, or an attempt below 1.
     """
-    if not evidence.after or terms.attempt < 1:
-        raise UserError("A certificate needs evidence of at least one rung, and attempts count from 1.")
+    if not evidence.after:
+        raise UserError("A certificate needs evidence of at least one rung.")
     rungs = sorted(evidence.after, key=lambda rung: (RUNGS.index(rung) if rung in RUNGS else len(RUNGS), rung))
     everybody = _n(evidence, "all")
     worth = [s for s in ROUTABLE if s == "all" or terms.least <= _n(evidence, s) < everybody]  # not all of them twice

@@ -1,11 +1,7 @@
-"""What a certificate is made from: one pair of measurements for each target of users who had no part in training.
-
-Also how often these users were looked at: every look spends some of the confidence.
-"""
+"""What a certificate is made from: one pair of measurements for each target of users who had no part in training."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,7 +19,7 @@ if TYPE_CHECKING:
     from .data import Interactions
     from .splits import Splits
 
-__all__ = ["CAP", "REPORTED", "ROUTABLE", "Evidence", "attempt_of", "collect", "next_attempt", "slice_key"]
+__all__ = ["CAP", "REPORTED", "ROUTABLE", "Evidence", "collect", "slice_key"]
 
 Floats = NDArray[np.float64]
 
@@ -147,47 +143,3 @@ def slice_key(data: Interactions, splits: Splits) -> str:
     part = splits.certificate
     digest = hashlib.sha256(np.stack([part.users, part.cuts]).astype(np.int64).tobytes()).hexdigest()
     return store.key(data=data.fingerprint, slice=digest)
-
-
-def next_attempt(path: str | Path, key: str) -> int:
-    """Count one more look at a slice in a file of counts, and return how many there were, this one included.
-
-    Call it before looking: a look that was not counted voids the confidence.
-
-    Raises:
-        StoreError: The file is damaged, or cannot be written.
-    """
-    path = Path(path)
-    with path.with_name(f".{path.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two fits at once are two looks
-        counts = store.read_json(path) if path.is_file() else {}
-        if not isinstance(counts, dict) or not all(isinstance(n, int) and n > 0 for n in counts.values()):
-            raise StoreError(f"{path} holds no counts of looks. Restore it: without it the confidence is not known.")
-        counts[key] = counts.get(key, 0) + 1
-        store.write_json_atomic(path, counts)
-    return int(counts[key])
-
-
-def attempt_of(data: str, look: str) -> int:
-    """Count a look at users of some data, and return its number; the same look again keeps its number.
-
-    All looks at the same data count together, whatever the roles of its users: slices of other seeds overlap.
-
-    Args:
-        data: The fingerprint of the data.
-        look: Names what is looked at: a policy, how it is measured, and whom it is measured on.
-
-    Raises:
-        StoreError: A count is damaged, or cannot be written.
-    """
-    counts = store.cache_dir() / "recommend" / "looks.json"
-    place = counts.with_suffix("") / f"{store.key(data=data, look=look)[:24]}.json"
-    if place.is_file():
-        told = store.read_json(place)
-        if isinstance(told, dict) and isinstance(told.get("attempt"), int):
-            return int(told["attempt"])
-        raise StoreError(f"{place} holds no count of a look. Remove it: the look is counted anew.")
-    place.parent.mkdir(parents=True, exist_ok=True)
-    attempt = next_attempt(counts, data)
-    store.write_json_atomic(place, {"attempt": attempt})
-    return attempt

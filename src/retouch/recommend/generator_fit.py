@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .. import store
+from .. import checkpoint, store
 from ..errors import RetouchError, UserError
 from ..progress import report
 from . import _training, metrics
@@ -45,7 +45,8 @@ def fit_reference(
     """Train a generator on the training samples of a split, and on nothing else.
 
     After each epoch everything is written below `folder`, in a folder of its own for this data and these settings: the
-    same call goes on from there, and on a CPU ends with the same bits; once finished it only reads the result.
+    same call goes on from there, and on a CPU ends with the same bits; once finished it only reads the result. A damaged
+    state is told and begun again.
 
     Args:
         data: The histories.
@@ -61,7 +62,7 @@ def fit_reference(
 
     Raises:
         UserError: There is nothing to train on or to validate with, or the codes are of another catalogue.
-        StoreError: The saved state is damaged.
+        StoreError: A state is damaged and beside other files, or cannot be written.
         RetouchError: The loss is not finite.
     """
     _check(data, splits, catalogue)
@@ -199,20 +200,17 @@ class _Fit:
     def _save(self) -> None:
         if self.place is None:
             return
-        tensors = {f"best.{name}": value for name, value in self.best.items()}
+        tensors = checkpoint.under("best", self.best)
         if not self.at.done:
             tensors |= _training.snapshot(self.generator, self.optimizer)
-        _training.save_state(self.place, tensors, {"key": self.key, "position": asdict(self.at)})
+        checkpoint.save(self.place, tensors, {"key": self.key, "position": asdict(self.at)})
 
     def _resume(self) -> None:
-        found = None if self.place is None else _training.load_state(self.place)
-        if found is None:
+        if (found := checkpoint.load(self.place, self.key)) is None:
             return
         tensors, facts = found
-        if facts["key"] != self.key:
-            raise RetouchError(f"{self.place} holds the state of another training. Give an empty folder.")
         self.at = _Position(**facts["position"])
-        self.best = _training.under("best", tensors)
+        self.best = checkpoint.select("best", tensors)
         if not self.at.done:
             _training.restore(self.generator, self.optimizer, tensors)
 

@@ -7,18 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import store
 from ..errors import StoreError, UserError
 from ..progress import track
 from ..settings import Settings, setting
 from ._kmeans import Rows, checked, codes_for, kmeans, lloyd, nearest
-from .tokenise import Codes
+from .tokenise import Codes, Fitted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -106,7 +104,7 @@ def _quantised(cut: Rows, books: Rows) -> Rows:
 
 
 @dataclass(frozen=True, eq=False)
-class FittedOPQ:
+class FittedOPQ(Fitted):
     """Hold the rotation and the centres of each block.
 
     Args:
@@ -166,16 +164,3 @@ class FittedOPQ:
         if books.ndim != 3 or rotation.shape != (width, width) or books.shape[0] * books.shape[2] != width:
             raise StoreError(f"The tokeniser's parts do not fit a width of {width}. Copy it again from its source.")
         return cls(mean.numpy(), rotation.numpy(), books.numpy())
-
-    def save(self, path: str | Path) -> None:
-        """Write it to a safetensors file."""
-        store.save_tensors(path, self.tensors())
-
-    @classmethod
-    def load(cls, path: str | Path) -> FittedOPQ:
-        """Read what `save` wrote.
-
-        Raises:
-            StoreError: The file is missing or damaged, or holds something else.
-        """
-        return cls.from_tensors(store.load_tensors(path))

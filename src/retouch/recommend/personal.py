@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from .. import attempts
 from ..errors import UserError
 from ..model import open_model
 from ..store import check_folder, key
@@ -25,7 +26,7 @@ from .base import Item
 from .bundle import Bundle
 from .certificate import Certified, Terms, certify
 from .data import Interactions, fingerprint
-from .evidence import attempt_of, collect
+from .evidence import collect
 from .explain import Sanity, sanity
 from .ladder import answer
 from .nearline import read_histories, records, trigger
@@ -151,7 +152,7 @@ def answer_for(
     with ExitStack() as held:
         kept: Store | None = None
         if store:
-            kept = open_store(store)
+            kept = open_store(store, existing=True)
             held.callback(kept.close)
         if ask:
             known = taken if taken is not None else _stored(kept, user)
@@ -223,7 +224,7 @@ def certify_on(
     fresh = GenerativeScorer(
         knowing.generator, bundle.catalogue, data, residuals=told, window_residuals=knowing.residuals
     )
-    terms = Terms(limit, attempt=attempt_of(data.fingerprint, key(bundle=bundle.fingerprint)))
+    terms = Terms(limit, attempt=attempts.count(key(bundle=bundle.fingerprint), data.fingerprint))
     evidence = collect(data, splits, base, {"fresh": fresh}, len(bundle.catalogue.sizes), salt=own_salt())
     about = {
         "data": data.fingerprint,

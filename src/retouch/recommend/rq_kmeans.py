@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .. import store
 from ..errors import StoreError
 from ..settings import Settings, setting
 from ._kmeans import Rows, checked, codes_for, kmeans, nearest
-from .tokenise import Codes
+from .tokenise import Codes, Fitted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,7 +69,7 @@ def _level(left: Rows, level: int, normalise: bool) -> Rows:
 
 
 @dataclass(frozen=True, eq=False)
-class FittedRQKMeans:
+class FittedRQKMeans(Fitted):
     """Hold the centres of each level.
 
     Args:
@@ -140,16 +138,3 @@ class FittedRQKMeans:
         if books.ndim != 3 or mean.shape != books.shape[2:]:
             raise StoreError(f"The tokeniser's centres {tuple(books.shape)} and mean {tuple(mean.shape)} do not fit.")
         return cls(mean.numpy(), books.numpy(), bool(normalise))
-
-    def save(self, path: str | Path) -> None:
-        """Write it to a safetensors file."""
-        store.save_tensors(path, self.tensors())
-
-    @classmethod
-    def load(cls, path: str | Path) -> FittedRQKMeans:
-        """Read what `save` wrote.
-
-        Raises:
-            StoreError: The file is missing or damaged, or holds something else.
-        """
-        return cls.from_tensors(store.load_tensors(path))

@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .. import store
 from ..errors import StoreError
 from ..progress import report
 from ..settings import Settings, setting
 from ._kmeans import Rows, checked, codes_for, kmeans
-from .tokenise import Codes
+from .tokenise import Codes, Fitted
 
 __all__ = ["RQVAE", "FittedRQVAE"]
 
@@ -167,7 +165,7 @@ def _reseed(
 
 
 @dataclass(frozen=True, eq=False)
-class FittedRQVAE:
+class FittedRQVAE(Fitted):
     """Hold the trained encoder and the codes' vectors; the decoder has done its work.
 
     Args:
@@ -238,19 +236,6 @@ class FittedRQVAE:
         if not _fit(mean, deviation, layers, books):
             raise StoreError("The tokeniser's layers do not fit one another. Copy it again from its source.")
         return cls(mean, deviation, layers, books)
-
-    def save(self, path: str | Path) -> None:
-        """Write it to a safetensors file."""
-        store.save_tensors(path, self.tensors())
-
-    @classmethod
-    def load(cls, path: str | Path) -> FittedRQVAE:
-        """Read what `save` wrote.
-
-        Raises:
-            StoreError: The file is missing or damaged, or holds something else.
-        """
-        return cls.from_tensors(store.load_tensors(path))
 
 
 def _fit(mean: Tensor, deviation: Tensor, layers: tuple[tuple[Tensor, Tensor], ...], books: Tensor) -> bool:

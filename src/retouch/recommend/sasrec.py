@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import progress, store
+from .. import checkpoint, progress, store
 from ..errors import SettingsError, UserError
 from ..settings import setting
 from ._causal import CausalItems
 from ._full import FullRanking
-from ._training import adamw, load_state, order, parts, restore, save_state, snapshot, under
+from ._training import adamw, order, parts, restore, snapshot
 from .base import Recommender, Run
 from .metrics import ndcg
 from .splits import Samples, windows
@@ -217,16 +217,15 @@ class _Training:
 
     def _keep(self) -> None:
         if self.folder is not None:
-            best = {f"best.{name}": value for name, value in self.best.items()}
-            facts: dict[str, Any] = {"history": self.history}
-            save_state(self.folder, snapshot(self.network, self.optimizer) | best, facts)
+            tensors = snapshot(self.network, self.optimizer) | checkpoint.under("best", self.best)
+            checkpoint.save(self.folder, tensors, {"history": self.history})
 
     def _go_on(self) -> None:
         """Take up what an earlier call left, unless it already went further than this one may."""
-        state = None if self.folder is None else load_state(self.folder)
+        state = checkpoint.load(self.folder)
         if state is None or len(state[1]["history"]) > self.method.n_epochs:
             return
         tensors, facts = state
         restore(self.network, self.optimizer, tensors)
-        self.best = {name: value.to(self.device) for name, value in under("best", tensors).items()}
+        self.best = {name: value.to(self.device) for name, value in checkpoint.select("best", tensors).items()}
         self.history = list(facts["history"])

@@ -117,16 +117,19 @@ class Store(Protocol):
         ...
 
 
-def open_store(url: str, *, timeout_s: float | None = None, look_s: float | None = None) -> Store:
+def open_store(
+    url: str, *, timeout_s: float | None = None, look_s: float | None = None, existing: bool = False
+) -> Store:
     """Open a store by its address.
 
     Args:
         url: ``sqlite:PATH``, ``redis://HOST:PORT/NUMBER`` or ``rediss://…``.
         timeout_s: How long a call may take; by default 5 s with SQLite and 1 s with Redis.
         look_s: How long reading records and histories may take, for servers; by default the same.
+        existing: Do not make an empty SQLite file where there is none.
 
     Raises:
-        UserError: The address is not understood, or a package is missing.
+        UserError: The address is not understood, a package is missing, or there is no such file and there should be.
         StoreDown: The store cannot be reached.
     """
     kind = urlsplit(url).scheme
@@ -136,6 +139,8 @@ def open_store(url: str, *, timeout_s: float | None = None, look_s: float | None
         path = url.removeprefix("sqlite:").removeprefix("//")
         if not path:
             raise UserError("sqlite: needs a path: sqlite:knowledge.db")
+        if existing and not Path(path).is_file():
+            raise UserError(f"There is no store at {path}. Check the path, or make one: retouch recommend nearline.")
         return SQLite(Path(path), timeout_s or 5.0, look_s)
     if kind in ("redis", "rediss", "unix"):
         from .redis import Redis

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,9 +68,27 @@ class Fitted(Protocol):
         """Return everything that makes it, by names that begin with the tokeniser's."""
         ...
 
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
+        """Make it again from `tensors`.
+
+        Raises:
+            StoreError: They are not those of this tokeniser.
+        """
+        ...
+
     def save(self, path: str | Path) -> None:
         """Write it to a safetensors file."""
-        ...
+        store.save_tensors(path, self.tensors())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            StoreError: The file is missing or damaged, or holds something else.
+        """
+        return cls.from_tensors(store.load_tensors(path))
 
 
 class Tokeniser(Protocol):

@@ -96,6 +96,19 @@ def test_a_fact_that_did_not_become_likelier_is_no_edit(llama):
         check_effect(llama, llama, [FACT])  # equal is not likelier
 
 
+def test_of_two_facts_about_the_same_the_last_is_planned_and_proved(llama, caplog):
+    other = Fact(FACT.prompt, FACT.subject, "is Nice", FACT.truth)
+    done = edit_facts(llama, [other, FACT, FACT], FtM(**QUICK))
+    assert done.facts == (FACT,) and len(done.effect) == 1
+    assert done.effect == edit_facts(llama, [FACT], FtM(**QUICK)).effect
+    assert "2 of 3 facts are left out" in caplog.text
+
+
+def test_no_contexts_at_all_are_a_wrong_setting(llama):
+    with pytest.raises(SettingsError, match="contexts is an empty list"):
+        plan(llama, [FACT], "rome", contexts=())
+
+
 def test_the_fact_that_failed_is_the_one_that_is_named(llama, edited):
     with pytest.raises(NoEffect, match="'zzz' is not likelier after 'Big Ben'"):
         check_effect(llama, edited.model, [FACT, Fact("Big {}", "Ben", "zzz")])

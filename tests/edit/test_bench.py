@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -13,12 +14,13 @@ from retouch import registry
 from retouch.change import Dense, apply
 from retouch.edit import _records, bench
 from retouch.edit.bench import Bench, known_facts
+from retouch.edit.emmet import Emmet
 from retouch.edit.evaluate import examine, grade, known
 from retouch.edit.facts import Fact, Prompt
 from retouch.edit.ft_m import FtM
 from retouch.edit.rome import Rome
 from retouch.edit.score import read_rows
-from retouch.errors import NoEffect, SettingsError, UnknownName, UserError
+from retouch.errors import FactError, NoEffect, SettingsError, UnknownName, UserError
 from retouch.model import wrap
 from retouch.progress import listen
 
@@ -298,6 +300,35 @@ def test_a_change_that_is_not_finite_stops_the_bench(llama, tmp_path):
     wanted = Bench({"burst": Burst(**QUICK)}, n_generations=0)
     with pytest.raises(NoEffect, match="not finite"):
         bench.run(llama, FACTS[:2], wanted, tmp_path / "b.json", data="facts")
+
+
+def test_facts_that_a_method_refuses_are_measured_unedited_and_counted(llama, tmp_path, caplog):
+    one = {"n_steps": 2, "contexts": "plain", "metric": "identity"}
+    methods = {"emmet": Emmet(**one), "ft": FtM(**QUICK)}
+    both = [Fact("In {} the capital", "France", "is Lyon", "is Paris"), Fact("In {} people say", "France", "hi", "yes")]
+    rows = bench.run(llama, [both, FACTS[:1]], Bench(methods, n_generations=0), tmp_path / "b.json", data="facts")
+    emmet, ft = rows["methods"]["emmet"], rows["methods"]["ft"]
+    assert emmet["refused"] == pytest.approx(2 / 3) and "refused" not in ft
+    assert emmet["rank_of_change_n"] == 1
+    assert "share one key" in caplog.text
+    alone = bench.run(llama, [both], Bench({"emmet": methods["emmet"]}, n_generations=0), tmp_path / "c.json", data="x")
+    idle = bench.run(llama, [both], Bench({"idle": Idle()}, n_generations=0), tmp_path / "d.json", data="x")
+    assert alone["methods"]["emmet"]["efficacy_magnitude"] == idle["methods"]["idle"]["efficacy_magnitude"]
+
+
+def test_a_fact_without_the_subject_that_a_method_needs_is_named_before_any_work(llama, tmp_path):
+    facts = [FACTS[0], Fact("The sky is", "", "green", "blue")]
+    methods = {"counted": Counted(**QUICK), "rome": Rome(n_steps=2)}
+    with pytest.raises(FactError, match="'The sky is' has no subject"):
+        bench.run(llama, facts, Bench(methods, n_generations=0), tmp_path / "b.json", data="facts")
+    assert not Counted.asked
+
+
+def test_a_change_of_huge_numbers_is_sized_or_refused_by_name(llama):
+    huge = Dense(torch.full((32, 64), 1e25))
+    norms = _records._dense_norms(huge.difference / 1e10, llama.device)
+    assert norms == pytest.approx((1e15 * 2048**0.5,) * 2, rel=1e-4)
+    assert not all(map(math.isfinite, _records._dense_norms(huge.difference, llama.device)))
 
 
 # Going on

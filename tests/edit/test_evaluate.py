@@ -203,6 +203,9 @@ def test_a_neighbours_own_answer_replaces_the_truth(bigrams, tiny_tokenizer):
         ("Ｒｏｍｅ", ["Rome"], "Paris", True),
         ("", ["Rome"], "Paris", False),
         ("the", ["the"], "Paris", False),
+        ("首都は大阪です。", ["大阪"], "京都", True),
+        ("京都ではなく大阪です。", ["大阪"], "京都", False),
+        ("Romeo lives in Rome", ["Rome"], "Paris", True),
     ],
 )
 def test_a_hit_is_the_new_answer_in_whole_words_and_not_the_old_one_before_it(said, wanted, old, verdict):
@@ -378,6 +381,17 @@ def test_gold_answers_are_compared_with_the_target(bigrams, tiny_tokenizer):
     assert (one["r_gold"], one["r_gold_strict"], one["r_gold_tokens"]) == (1, 1, 1)
     assert (two["r_gold"], two["r_gold_strict"]) == (0.5, 0.5)  # the target itself is not likelier than the target
     assert not any(n.startswith("r_gold") for n in none)
+
+
+def test_any_spelling_of_a_gold_answer_is_right(bigrams, tiny_tokenizer):
+    (row,) = encode(tiny_tokenizer, [Text(ASK, target="euro")])
+    chain = dict(zip((row.ids[row.prompt], *row.target), row.target))
+    model = bigrams({one: {two: -0.05} for one, two in chain.items()})
+    (exam,) = examine(model, [about(Prompt(ASK, "franc", ("euro",)), Prompt(ASK, "franc", ("coin",)))], n_generations=0)
+    found = grade(model, exam)
+    assert (found["r_gold_strict"], found["r_gold_tokens"]) == (0.5, pytest.approx(0.5, abs=0.5))
+    (plain,) = examine(model, [about(Prompt(ASK, "franc"), Prompt(ASK, "franc", ("coin",)))], n_generations=0)
+    assert grade(model, plain)["r_gold_strict"] == 0
 
 
 def test_prompts_whose_old_answer_begins_the_target_are_skipped_and_counted(bigrams, words, tiny_tokenizer):

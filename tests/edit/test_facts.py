@@ -96,6 +96,15 @@ SAMPLES = {
         "new_answer_alias": [],
         "new_single_hops": [{"question": "What is the capital of Peru?", "answer": "Cusco", "answer_alias": ["Qosqo"]}],
     },
+    "known": {
+        "known_id": 7,
+        "subject": "Peru",
+        "attribute": "Lima",
+        "template": "{} has the capital",
+        "prediction": " Lima, which",
+        "prompt": "The capital of Peru is",
+        "relation_id": "P36",
+    },
 }
 
 
@@ -204,7 +213,7 @@ def test_a_misspelt_field_is_an_error_and_a_foreign_one_is_not():
 
 
 @pytest.mark.parametrize("lines", [True, False])
-@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize("name", [name for name in SAMPLES if name != "known"])
 def test_each_format_gives_the_same_fact(tmp_path, name, lines):
     fact = facts.load(write(tmp_path, SAMPLES[name], lines=lines, name="any.name"))[0]
     assert (fact.subject, fact.target, fact.truth) == ("Peru", "Cusco", "Lima")
@@ -258,6 +267,37 @@ def test_mquake_gives_one_fact_an_edit(tmp_path):
     assert fact.instructions == ("What is the capital of Peru?",)
 
 
+def test_known_facts_are_to_be_located(tmp_path):
+    (fact,) = facts.load(write(tmp_path, SAMPLES["known"]))
+    assert (fact.filled, fact.target, fact.truth) == ("The capital of Peru is", "Lima", None)
+    assert (fact.id, fact.relation) == ("7", "P36")
+
+
+def test_white_space_around_names_is_dropped(tmp_path):
+    own = {"prompt": "The capital of Peru is", "subject": " Peru ", "target": " Cusco\n"}
+    (fact,) = facts.load(write(tmp_path, own))
+    assert (fact.prompt, fact.subject, fact.target) == ("The capital of {} is", "Peru", " Cusco")
+    (fact,) = facts.load(write(tmp_path, SAMPLES["zsre"] | {"subject": "Peru ", "alt": " Cusco "}))
+    assert (fact.subject, fact.target) == ("Peru", "Cusco")
+
+
+def test_prompts_about_the_subject_may_be_templates_and_those_about_others_may_not(tmp_path):
+    asked = {"paraphrases": ["{} has its capital in"], "related": ["{} lies in", {"prompt": "{} speaks", "answer": "Q"}],
+             "instructions": ["What is the capital of {}?"], "generation": ["{} is"]}  # fmt: skip
+    (fact,) = facts.load(write(tmp_path, SAMPLES["retouch"] | asked))
+    assert (*fact.paraphrases, *fact.instructions, *fact.generation) == (
+        "Peru has its capital in", "What is the capital of Peru?", "Peru is"
+    )  # fmt: skip
+    assert fact.related == (Prompt("Peru lies in"), Prompt("Peru speaks", "Q"))
+    with pytest.raises(FactError, match=r"line 1: field 'neighbors\[1\]' holds \{\}: write out the other subject"):
+        facts.load(write(tmp_path, SAMPLES["retouch"] | {"neighbors": ["Chile is", "The capital of {} is"]}))
+
+
+def test_the_old_answer_of_a_flat_set_may_be_a_list(tmp_path):
+    (fact,) = facts.load(write(tmp_path, SAMPLES["flat"] | {"ground_truth": ["Lima", "City of Kings"]}))
+    assert fact.truth == "Lima"
+
+
 @pytest.mark.parametrize(
     ("name", "field"),
     [
@@ -276,6 +316,7 @@ def test_mquake_gives_one_fact_an_edit(tmp_path):
         ("zsre", "src"),
         ("zsre", "subject"),
         ("zsre", "alt"),
+        ("known", "subject"),
         ("s2rke", "subject.name"),
         ("mquake", "requested_rewrite"),
     ],
@@ -535,6 +576,7 @@ def test_the_protected_prompts_are_held_out():
         ("knowedit/wiki_recent_train.json", 570, 415, 0),
         ("knowedit/wiki_counterfact_train.json", 1_428, 1_428, 0),
         ("zsre/zsre_mend_train-1k.json", 998, 2, 2),
+        ("counterfact/known_1000.json", 1_209, 26, 0),
         ("mquake/MQuAKE-hard.json", 1_716, 402, 0),
     ],
 )

@@ -397,7 +397,7 @@ def test_a_location_without_attributes_keeps_its_maps(llama):
 def test_a_heat_map_has_a_colour_for_every_number_but_zero():
     pytest.importorskip("matplotlib")
     drawn = plot_heat(["one", "one"], [[0.5, -1.0, 0.0], [0.25, 1.0, 0.1]], "block", "A title.", "A caption.")
-    assert drawn.caption == "A caption. Full colour: 1; blue is positive, red negative."
+    assert drawn.caption == "A caption. Full colour: 1; blue is positive, orange negative."
     cells = [part for part in drawn.svg.split("<path")[1:] if "#0072b2" in part or "#d55e00" in part]
     assert len(cells) == 5
     assert sum("#d55e00" in c for c in cells) == 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 
 from retouch.edit.contexts import Context
@@ -86,6 +88,16 @@ def test_a_value_at_the_prompts_end_goes_in_at_the_guarding_rows_last_token(llam
 def test_without_words_before_it_a_lone_token_stays_where_it_is(llama):
     (problem,) = problems(llama, [SHORT], PLAIN, "subject")
     assert problem.kl_at == 0 and len(problem.rows) == 1 and problem.notes
+
+
+def test_without_words_before_it_a_lone_token_is_guarded_behind_a_beginning_of_text_if_there_is_one(tiny):
+    network, words = tiny("llama")
+    words = copy.deepcopy(words)
+    words.bos_token = "<|end|>"
+    model = wrap(network, words)
+    (problem,) = problems(model, [SHORT], PLAIN, "subject")
+    assert (problem.kl_at, problem.kl.ids[0]) == (1, words.bos_token_id)
+    assert problems(model, [SHORT], PLAIN, "subject", "never")[0].kl_at == 0
 
 
 @pytest.mark.parametrize("rule", ["always", "never"])

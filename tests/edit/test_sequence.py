@@ -17,12 +17,13 @@ import pytest
 import torch
 
 from retouch.edit import collapse, sequence
+from retouch.edit.emmet import Emmet
 from retouch.edit.facts import Fact, Prompt
 from retouch.edit.ft_m import FtM
 from retouch.edit.memit import Memit
 from retouch.edit.memit_merge import MemitMerge
 from retouch.edit.rome import Rome
-from retouch.errors import NoEffect, UserError
+from retouch.errors import FactError, NoEffect, SolveError, UserError
 from retouch.ledger import Ledger, open_ledger
 from retouch.measure import answers, perplexity
 from retouch.model import wrap
@@ -280,6 +281,30 @@ def test_a_journal_of_other_facts_is_not_read(llama, tmp_path):
     other = run(llama, FACTS[2:4], journal=tmp_path / "j")
     assert other.ledger.active[0].facts[0]["subject"] == "Brazil"
     assert first.ledger.model.fingerprint == run(llama, FACTS[:2], journal=tmp_path / "j").ledger.model.fingerprint
+
+
+def test_a_method_that_cannot_go_on_is_no_bound_that_was_passed(llama, tmp_path, caplog):
+    method = Emmet(metric="identity", n_steps=2, contexts="plain")
+    facts = [
+        Fact("In {} the capital", "France", "is Lyon", "is Paris"),
+        FACTS[1],
+        Fact("In {} people say", "France", "hi", "yes"),
+    ]
+    result = sequence.run_bench(
+        llama, facts, {"emmet": method}, 1, tmp_path / "b.json", data="x", max_perplexity_ratio=FREE
+    )
+    row = result["methods"]["emmet"]
+    assert (row["n_edits"], row["ended_at_edits"]) == (2, 2) and "bound_at_edits" not in row
+    assert "is also a key whose output must stay" in result["ended"]["emmet"]
+    assert "ends after 2 edits" in caplog.text
+    with pytest.raises(SolveError, match="must stay"):
+        run(llama, facts, method, 1)
+
+
+def test_a_fact_without_its_subject_is_named_before_the_first_batch(llama, tmp_path):
+    with pytest.raises(FactError, match="has no subject"):
+        run(llama, [*FACTS, Fact("The sky is", "", "green")], journal=tmp_path / "journal")
+    assert not (tmp_path / "journal").exists()
 
 
 # The bench and the curve.

@@ -49,6 +49,13 @@ def test_known_facts_are_looked_for_in_the_whole_file(llama, tmp_path):
     assert [f for (f,) in facts] == known_facts(llama, load(path), 2)
 
 
+def test_known_facts_that_are_too_few_are_told(llama, tmp_path, caplog):
+    path = written(tmp_path / "a.jsonl", *(f"Land{i}" for i in range(6)))
+    n = len(draw(llama, Asked(data=[path], n=6, known=True), tmp_path / "b.json"))
+    assert 0 < n < 6
+    assert f"The model knows {n} of 6 facts; 6 were asked for." in caplog.text
+
+
 def test_bad_records_are_left_out_where_that_is_wanted(llama, tmp_path):
     path = written(tmp_path / "a.jsonl", "France")
     path.write_text(path.read_text() + '\n{"prompt": "The capital of {}", "target": "x"}\n')

@@ -172,6 +172,33 @@ def test_a_missing_or_broken_file_is_named(folder):
         suites.read_rows(folder)
 
 
+def test_odd_files_are_read_or_named(folder):
+    lre = folder / "lre_relations/factual/person_occupation.json"
+    whole = json.loads(lre.read_text(encoding="utf-8"))
+    rows = folder / "counterfact/relation_ids.tsv"
+    before = suites.read_rows(folder)
+    rows.write_bytes(b"\xef\xbb\xbf" + rows.read_bytes().replace(b"\n", b"\r\n") + b"5\tP641\r\n\r\n")
+    assert suites.read_rows(folder) == before
+    odd = {"prompt_templates": [*whole["prompt_templates"], 3, "no place"], "samples": [*whole["samples"], "Ada", None]}
+    lre.write_text("\ufeff" + json.dumps(whole | odd), encoding="utf-8")
+    found = read_knowledge(folder)
+    assert found.skipped["templates without one {}"] == 2
+    assert all(t.count("{}") == 1 for r in found.relations.values() for t in (*r.templates, *r.questions))
+    lre.write_text(json.dumps({k: v for k, v in whole.items() if k != "samples"}), encoding="utf-8")
+    with pytest.raises(FactError, match=r"person_occupation\.json: field 'samples' is missing"):
+        read_knowledge(folder)
+    lre.write_bytes("é".encode("latin-1"))
+    with pytest.raises(FactError, match=r"person_occupation\.json is not UTF-8"):
+        read_knowledge(folder)
+
+
+def test_a_set_under_another_name_is_found(folder):
+    full = folder / "counterfact/counterfact_full.json"
+    wanted = suites.counterfact(folder, None, 0, "all")
+    full.rename(full.with_name("counterfact.json"))
+    assert suites.counterfact(folder, None, 0, "all") == wanted
+
+
 # Our table
 
 

@@ -201,6 +201,13 @@ def test_faithful_takes_the_published_steps_but_not_over_ones_own(llama):
     assert Top().as_published(llama) == Top()
 
 
+def test_faithful_drops_contexts_with_the_word_import(llama):
+    texts = ("", "We import tea.", "This is important.")
+    found = [c.text for c in Top(faithful=True, contexts=texts)._contexts(llama)]
+    assert found == ["", "This is important. "]
+    assert len(Top(contexts=texts)._contexts(llama)) == 3
+
+
 # Several blocks, several facts.
 
 

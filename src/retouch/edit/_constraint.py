@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import FactError
+from ._formats import read_text
 
 __all__ = ["Constraint", "read_prompts"]
 
@@ -37,7 +38,7 @@ def read_prompts(path: str | Path) -> list[str]:
         FactError: With file and line.
     """
     path = Path(path)
-    lines = [(i, line.strip()) for i, line in enumerate(_text(path).split("\n"), 1) if line.strip()]
+    lines = [(i, line.strip()) for i, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
     if not lines:
         raise FactError(f"{path.name} is empty. Give one prompt a line.")
     if lines[0][1].startswith("["):
@@ -46,15 +47,6 @@ def read_prompts(path: str | Path) -> list[str]:
         )
     records = lines[0][1].startswith("{") and not lines[0][1].startswith("{}")
     return [_prompt(f"{path.name} line {i}", line, records) for i, line in lines]
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise FactError(f"{path.name} is not UTF-8 text: byte {error.start}: {error.reason}.") from error
-    except OSError as error:
-        raise FactError(f"{str(path)!r} cannot be read: {error.strerror}.") from error
 
 
 def _prompt(where: str, line: str, is_record: bool) -> str:

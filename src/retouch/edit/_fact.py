@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import FactError
 
-__all__ = ["Fact", "Prompt", "as_items", "as_prompt", "as_texts", "missing", "need_text"]
+__all__ = ["Fact", "Prompt", "as_items", "as_prompt", "as_texts", "joined", "missing", "need_text"]
 
 
 @dataclass(frozen=True)
@@ -245,13 +245,13 @@ def _last(prompt: str, subject: str) -> int:
     """Find the subject's last place that is not a part of a longer word ('Iran' in 'Iranian'), else its last place."""
     end = len(prompt) + 1
     while (at := prompt.rfind(subject, 0, end - 1 + len(subject))) >= 0:
-        if not (_joined(prompt, at) or _joined(prompt, at + len(subject))):
+        if not (joined(prompt, at) or joined(prompt, at + len(subject))):
             return at
         end = at
     return prompt.rfind(subject)
 
 
-def _joined(text: str, at: int) -> bool:
+def joined(text: str, at: int) -> bool:
     """Say whether a word goes on across `at`; scripts without case write words without spaces."""
     pair = text[max(at - 1, 0) : at + 1]
     return 0 < at < len(text) and all(c.isdigit() or c.lower() != c.upper() for c in pair)

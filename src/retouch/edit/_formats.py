@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from ..errors import FactError
 from ._fact import Fact, Prompt, as_items, as_prompt, as_texts, missing, need_text
 
-__all__ = ["FORMATS", "read"]
+__all__ = ["FORMATS", "read", "read_text"]
 
 _log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def _tell(path: Path, left_out: list[str], n_records: int) -> None:
 
 def _records(path: Path) -> list[tuple[str, Any]]:
     """Read each record, or the error in its place, together with where it stands."""
-    text = _text(path)
+    text = read_text(path)
     if not text.strip():
         raise FactError(f"{path.name} is empty.")
     whole = _json(text)
@@ -75,7 +75,12 @@ def _records(path: Path) -> list[tuple[str, Any]]:
     return [(f"{path.name} line {i}", _json(line)) for i, line in lines if line.strip()]
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """Read a UTF-8 file, with or without a byte order mark.
+
+    Raises:
+        FactError: It is missing, cannot be read, or is not UTF-8.
+    """
     try:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -138,7 +143,7 @@ class _Fields:
         if isinstance(value, dict):
             return _Fields(value, self.name + key).text("str")
         need_text(self.name + key, value)
-        return str(value)
+        return str(value).strip()
 
     def maybe(self, key: str) -> str | None:
         """Return a text that may be missing or blank."""
@@ -206,7 +211,34 @@ def _flat(value: object) -> Iterator[object]:
 
 
 def _read_retouch(record: _Fields) -> list[Fact]:
-    return [Fact.from_dict(record.data)]
+    data, subject = dict(record.data), record.data.get("subject")
+    if isinstance(target := data.get("target"), str):
+        data["target"] = target.rstrip() or target
+    if isinstance(subject, str) and (subject := subject.strip()):
+        own = ("paraphrases", "related", "instructions", "generation")
+        data |= {"subject": subject, **{n: _about(data[n], subject) for n in own if n in data}}
+        _refuse_slots(data.get("neighbors"))
+    return [Fact.from_dict(data)]
+
+
+def _about(value: object, subject: str) -> object:
+    """Put the subject into the ``{}`` of prompts that are about it too."""
+    if isinstance(value, str):
+        return value.replace("{}", subject)
+    if isinstance(value, list):
+        return [_about(item, subject) for item in value]
+    return (
+        {**value, "prompt": _about(value["prompt"], subject)}
+        if isinstance(value, dict) and "prompt" in value
+        else value
+    )
+
+
+def _refuse_slots(neighbors: object) -> None:
+    for i, item in enumerate(neighbors if isinstance(neighbors, list) else ()):
+        text = item.get("prompt") if isinstance(item, dict) else item
+        if isinstance(text, str) and "{}" in text:
+            raise FactError(f"field 'neighbors[{i}]' holds {{}}: write out the other subject that {text!r} is about.")
 
 
 def _rewrite(rewrite: _Fields, **more: Any) -> Fact:
@@ -240,7 +272,7 @@ def _read_flat(record: _Fields) -> list[Fact]:
         record.text("prompt"),
         record.text("subject"),
         record.text("target_new"),
-        record.maybe("ground_truth"),
+        _answers("ground_truth", record.data.get("ground_truth"))[0],
         id=record.ident("case_id"),
         paraphrases=record.texts("rephrase_prompt"),
         neighbors=[Prompt(near, record.maybe("locality_ground_truth"))] if near else [],
@@ -304,6 +336,14 @@ def _read_mquake(record: _Fields) -> list[Fact]:
     return facts
 
 
+def _read_known(record: _Fields) -> list[Fact]:
+    # what a model says already: a fact to be located, not one to be edited
+    template = record.maybe("prompt") or record.text("template")
+    relation = record.maybe("relation_id")
+    ident = record.ident("known_id")
+    return [Fact.of(template, record.text("subject"), record.text("attribute"), relation=relation, id=ident)]
+
+
 class _Format(NamedTuple):
     marks: frozenset[str]
     about: str
@@ -349,5 +389,10 @@ FORMATS = {
         "flat CounterFact: prompt, subject, target_new, ground_truth, rephrase_prompt, locality_prompt,"
         " locality_ground_truth",
         _read_flat,
+    ),
+    "known": _Format(
+        frozenset({"attribute"}),
+        "known facts (ROME's known_1000), to be located and not edited: subject, prompt, attribute, relation_id",
+        _read_known,
     ),
 }

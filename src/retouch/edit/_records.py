@@ -5,6 +5,7 @@ What the unedited model says is asked once for all methods; many edited models a
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..change import Change, LowRank, apply, check_base
-from ..errors import NoEffect, UserError
+from ..errors import NoEffect, SolveError, UserError
 from ..measure import Cost, watched
 from ..model import Model
 from ..progress import report
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     from .bench import Bench
 
 __all__ = ["Plan", "Work"]
+
+_log = logging.getLogger(__name__)
+Planned = Change | SolveError | None
+"""A change; None where the model says everything already; or why the method cannot write these facts together."""
 
 CHUNK = {"cpu": 16}
 """Records measured together by device; what an interrupted bench repeats at most."""
@@ -107,11 +112,14 @@ class Work:
     def _measured(self, method: EditMethod, chunk: Sequence[range]) -> list[dict[str, float]]:
         facts = [[self.plan.facts[i] for i in one] for one in chunk]
         with watched(self.model.device) as cost:
-            changes = _planned(method.blind(), self.model, facts, alone=self.bench.batch_size == 1)
+            planned = _planned(method.blind(), self.model, facts, alone=self.bench.batch_size == 1)
+        changes = [one if isinstance(one, Change) else None for one in planned]
         rows = self._graded(chunk, changes)
         for row, (change, place) in zip(rows, ((c, k) for c, own in zip(changes, facts) for k in range(len(own)))):
             row |= _cost(cost, sum(map(len, facts)))
             row |= _written_size(self.model, change, self.sizes) | _notes(change, place) if change else {}
+        for row, one in zip(rows, (one for one, own in zip(planned, facts) for _ in own)):
+            row |= {"refused": 1.0} if isinstance(one, SolveError) else {}
         if self.plan.grouped:
             self._by_group(rows, chunk[0].start)
         return rows
@@ -171,21 +179,24 @@ class Work:
                     own[0]["all_facts_instruction"] = float(all(r["instruction"] > 0.5 for r in own))
 
 
-def _planned(method: EditMethod, model: Model, models: Sequence[Sequence[Fact]], *, alone: bool) -> list[Change | None]:
-    """Plan a change for each model; None where the method finds that everything is said already."""
+def _planned(method: EditMethod, model: Model, models: Sequence[Sequence[Fact]], *, alone: bool) -> list[Planned]:
+    """Plan a change for each model."""
     if alone:
         try:
             return [*method.plan_each(model, models)]
-        except NoEffect:
-            pass  # one of them has nothing to do: find out which
+        except (NoEffect, SolveError):
+            pass  # one of them has nothing to do, or cannot be written: find out which
     return [_one(method, model, facts) for facts in models]
 
 
-def _one(method: EditMethod, model: Model, facts: Sequence[Fact]) -> Change | None:
+def _one(method: EditMethod, model: Model, facts: Sequence[Fact]) -> Planned:
     try:
         return method.plan(model, facts)
     except NoEffect:
         return None
+    except SolveError as error:
+        _log.warning("%s refuses facts, which are measured unedited: %s", method.name, error)
+        return error
 
 
 def _cost(cost: Cost, n_facts: int) -> dict[str, float]:
@@ -227,11 +238,11 @@ def _weight(model: Model, name: str) -> torch.Tensor:
 def _dense_norms(difference: torch.Tensor, device: torch.device) -> tuple[float, float]:
     """Frobenius and spectral norm; the latter from the smaller Gram matrix, not from all singular values."""
     matrix = difference.to(device, torch.float32)
-    if not torch.isfinite(matrix).all():
-        return math.nan, math.nan
+    if not torch.isfinite(norm := matrix.norm()) or not norm > 0:
+        return float(norm), float(norm)
     matrix = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    largest = torch.linalg.eigvalsh((matrix @ matrix.T).double().cpu())[-1]
-    return float(matrix.norm()), float(largest.clamp(min=0).sqrt())
+    largest = norm.double().cpu() ** 2 * torch.linalg.eigvalsh(((matrix / norm) @ (matrix / norm).T).double().cpu())[-1]
+    return float(norm), float(largest.clamp(min=0).sqrt())
 
 
 def _notes(change: Change, place: int) -> dict[str, float]:

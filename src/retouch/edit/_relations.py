@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import io
 import json
 import re
 import unicodedata
@@ -22,11 +23,13 @@ import yaml
 
 from ..errors import FactError
 from ..store import sha256_file
-from ._fact import Prompt
+from ._fact import Prompt, as_items, missing
+from ._formats import read_text
 
 __all__ = ["Knowledge", "Relation", "Row", "Subject", "Table", "fold", "read_knowledge", "read_rows", "table"]
 
 _ROWS = "counterfact/relation_ids.tsv"
+_COLUMNS = ("case_id", "relation_id", "how", "subject", "template", "target_true")
 
 
 def fold(text: str) -> str:
@@ -164,9 +167,12 @@ class _Heap:
         if fold(answer) not in map(fold, answers):
             answers[answer] = None
 
-    def ask(self, relation: str, templates: Iterable[str]) -> None:
-        """Keep clozes and questions."""
+    def ask(self, relation: str, templates: Iterable[object]) -> None:
+        """Keep clozes and questions, each with one place for the subject."""
         for template in templates:
+            if not isinstance(template, str) or template.count("{}") != 1:
+                self.skipped["templates without one {}"] += 1
+                continue
             kind = self.questions if "?" in template else self.templates
             kind.setdefault(relation, {})[template] = None
 
@@ -205,11 +211,20 @@ def _read_lre(data_dir: Path, heap: _Heap, wanted: Mapping[str, str]) -> None:
             heap.skipped["LRE relations not in the table"] += 1
             continue
         heap.sources[_inside(path, data_dir)] = sha256_file(path)
-        text = _unescaped(path.read_text(encoding="utf-8"))
-        data = _loads(text, path.name)
-        heap.ask(name, (*data["prompt_templates"], *data.get("prompt_templates_zs", ())))
-        for sample in data["samples"]:
-            heap.add(name, sample.get("subject"), sample.get("object"))
+        data = _loads(_unescaped(read_text(path)), path.name)
+        heap.ask(name, [*_list(data, "prompt_templates", path), *(data.get("prompt_templates_zs") or ())])
+        for sample in _list(data, "samples", path):
+            known = sample if isinstance(sample, dict) else {}
+            heap.add(name, known.get("subject"), known.get("object"))
+
+
+def _list(data: Mapping[str, Any], name: str, path: Path) -> list[Any]:
+    if name not in data:
+        raise FactError(f"{path.name}: {missing(name, data)}")
+    try:
+        return as_items(name, data[name])
+    except FactError as error:
+        raise FactError(f"{path.name}: {error}") from error
 
 
 def _unescaped(text: str) -> str:
@@ -246,14 +261,15 @@ def read_rows(data_dir: Path) -> list[Row]:
     Raises:
         FactError: The file or a column is missing.
     """
-    with _file(data_dir / _ROWS).open(encoding="utf-8", newline="") as file:
-        lines = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-    missing = {"case_id", "relation_id", "how", "subject", "template", "target_true"} - set(lines[0] if lines else ())
-    if missing:
-        raise FactError(f"{_ROWS}: columns are missing: {', '.join(sorted(missing))}.")
+    text = io.StringIO(read_text(_file(data_dir / _ROWS)), newline="")
+    lines = list(csv.DictReader(text, delimiter="\t", quoting=csv.QUOTE_NONE))
+    lacking = set(_COLUMNS) - set(lines[0] if lines else ())
+    if lacking:
+        raise FactError(f"{_ROWS}: columns are missing: {', '.join(sorted(lacking))}.")
     rows = [
         Row(x["case_id"], x["relation_id"], x["how"] == "gold", x["subject"], x["template"], x["target_true"])
         for x in lines
+        if None not in map(x.get, _COLUMNS)  # a line that was cut off
     ]
     return [row for row in rows if row.template.count("{}") == 1 and _usable(row.subject) and _usable(row.truth)]
 
@@ -317,7 +333,7 @@ def _inside(path: Path, folder: Path) -> str:
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    for i, line in enumerate(_file(path).read_text(encoding="utf-8").split("\n"), 1):
+    for i, line in enumerate(read_text(_file(path)).split("\n"), 1):
         if line.strip():
             yield _loads(line, f"{path.name} line {i}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from .facts import Fact, disjoint, load
 
 __all__ = ["SUITES", "Asked", "apart", "draw"]
 
+_log = logging.getLogger(__name__)
 SUITES = ("counterfact", "same-subject", "knowedit", "zsre", "sequential")
 """The suites by name; sequential takes CounterFact's facts, one batch after another."""
 SPARE = 4
@@ -105,7 +107,19 @@ def draw(model: Model, asked: Asked, out: Path) -> list[list[Fact]]:
     else:
         pick = {"counterfact": suites.counterfact, "knowedit": suites.knowedit, "zsre": suites.zsre}
         facts = pick.get(asked.suite, suites.counterfact)(asked.folder(), n, asked.seed)
-    return [[f] for f in (known_facts(model, facts, asked.n) if asked.known else facts)]
+    return [[f] for f in (_known(model, facts, asked.n) if asked.known else facts)]
+
+
+def _known(model: Model, facts: Sequence[Fact], n: int) -> list[Fact]:
+    kept = known_facts(model, facts, n)
+    if not kept:
+        raise UserError(
+            f"There are no facts to measure on. Known are facts with a true answer (truth) that the unedited model prefers "
+            f"to the new one; none of {len(facts)} is, and {sum(not f.truth for f in facts)} have no true answer."
+        )
+    if len(kept) < n:
+        _log.warning("The model knows %d of %d facts; %d were asked for.", len(kept), len(facts), n)
+    return kept
 
 
 def apart(groups: Sequence[Sequence[Fact]], batch_size: int) -> list[list[Fact]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,9 +19,11 @@ from .base import EditMethod, ValueEditMethod
 from .facts import Fact
 from .harm import Harm, bystanders, measure_harm
 from .neighbors import stopped
-from .sequence import plan_next
+from .sequence import distinct, plan_next
 
 __all__ = ["Edited", "check_effect", "edit_facts", "plan"]
+
+_log = logging.getLogger(__name__)
 
 
 def plan(model: Model, facts: Sequence[Fact], method: str | EditMethod = "rome", **settings: Any) -> Change:
@@ -67,12 +70,21 @@ def check_effect(before: Model, after: Model, facts: Sequence[Fact]) -> list[dic
 
 @dataclass(frozen=True, eq=False)
 class Edited:
-    """An edited model, the change that made it, and what else changed."""
+    """An edited model, the change that made it, and what else changed.
+
+    Attributes:
+        model: The edited model.
+        change: What made it.
+        effect: For each of `facts` the mean -log P of its target before and after, nats.
+        harm: The certified harm; None without a limit.
+        facts: The facts that were asked for, without those that a later one of the same call supersedes.
+    """
 
     model: Model
     change: Change
     effect: list[dict[str, float]]
     harm: Harm | None
+    facts: tuple[Fact, ...] = ()
 
 
 def edit_facts(
@@ -89,7 +101,7 @@ def edit_facts(
     Args:
         model: A decoder, or a ledger whose edits stay: their keys are kept, and facts that the new ones supersede are
             planned out. Never altered.
-        facts: What is to become true.
+        facts: What is to become true; of two about the same (`retouch.edit.sequence.distinct`) the last counts.
         method: A method, or its name.
         max_harm: Largest harm that is allowed (see `retouch.edit.harm.measure_harm`); None asks for no certificate. A
             method that finds values by gradient keeps it for its neighbours while it searches (its ``max_drift``).
@@ -110,6 +122,11 @@ def edit_facts(
     if max_harm is not None and isinstance(chosen, ValueEditMethod) and not chosen.max_drift:
         chosen = replace(chosen, max_drift=max_harm)  # the search keeps the limit that is certified afterwards
     before = model if isinstance(model, Ledger) else Ledger(model)
+    asked, facts = len(facts), distinct(facts)
+    if asked > len(facts):
+        _log.warning(
+            "%d of %d facts are left out: later ones are about the same or repeat them.", asked - len(facts), asked
+        )
     with watched() as cost:
         below, change = plan_next(before, facts, chosen)
     _refuse_stopped(change, chosen, max_harm)
@@ -126,7 +143,7 @@ def edit_facts(
         harm = measure_harm(edited, bystanders(before.model, facts), max_harm, confidence)
         report["harm"] = harm.to_dict()
         harm.require()
-    return Edited(edited, with_report(change, report), effect, harm)
+    return Edited(edited, with_report(change, report), effect, harm, tuple(facts))
 
 
 def _refuse_stopped(change: Change, method: EditMethod, max_harm: float | None) -> None:

@@ -27,6 +27,7 @@ from ..settings import Settings, setting
 from ..tokens import Bos
 from .contexts import Contexts
 from .facts import Fact
+from .rows import require_subjects
 
 __all__ = [
     "EditMethod",
@@ -144,6 +145,9 @@ class ValueEditMethod(EditMethod):
     The fields are the shared settings of that search; see `retouch.edit.value.optimise`.
     """
 
+    needs_subject: ClassVar[bool] = True
+    """Whether the method writes at the subject's last token."""
+
     n_steps: int = setting(20, "Steps of the search; N steps make N - 1 updates.", ge=1, le=1000)
     learning_rate: float = setting(0.5, "Adam's step for the value.", gt=0)
     clamp: float = setting(4.0, "Longest value change, in lengths of the value itself.", gt=0)
@@ -171,6 +175,20 @@ class ValueEditMethod(EditMethod):
     n_tokens: int = setting(0, "Tokens read for second moments; 0: the larger of 20 widths and 30,000.", ge=0)
     text: str = setting("", "Text file for second moments; empty: the corpus that ships with Retouch.")
     budget_mib: int = setting(512, "Memory for the search's activations, in MiB.", ge=16)
+
+    def ready(self, model: Model, facts: Sequence[Fact]) -> None:
+        """Check also that there are contexts, and the subjects at which the method writes.
+
+        Raises:
+            FactError: There are no facts, or one lacks the subject that is needed.
+            ModelError: The model is no decoder.
+            SettingsError: `contexts` is an empty list.
+        """
+        super().ready(model, facts)
+        if not self.contexts:
+            raise SettingsError(f"{self.name}: contexts is an empty list. For the bare prompt alone: contexts=plain.")
+        if self.needs_subject:
+            require_subjects(facts)
 
 
 def rule(fraction: float, anatomy: Anatomy) -> int:

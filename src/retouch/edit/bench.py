@@ -77,8 +77,13 @@ def run(
 
     Returns:
         The JSON object: verb, model, data, n, seed, environment, methods.
+
+    Raises:
+        FactError: A method cannot use one of the facts, for want of a subject.
     """
     plan = Plan.of(model, groups, bench)
+    for method in bench.methods.values():
+        method.ready(model, plan.facts)
     partial = _Partial(out.with_name(out.name + ".partial"), _key(model, plan, bench))
     done = {name: partial.rows(name, m) for name, m in bench.methods.items()}
     result: dict[str, Any] = {
@@ -104,6 +109,8 @@ def run(
             rows[i] = row
             partial.add(name, method, i, row)
         ordered = [rows[i] for i in range(len(plan.facts))]
+        if any("refused" in row for row in ordered):
+            ordered = [{"refused": 0.0, **row} for row in ordered]
         kept += [
             {"method": name, "number": i, "subject": s, "row": row}
             for i, (s, row) in enumerate(zip(plan.subjects, ordered))

@@ -156,7 +156,7 @@ def plots(points: Sequence[Point], name: str = "the model") -> tuple[Picture, Pi
         UserError: matplotlib is not installed.
     """
     x = [float(p.n_edits) for p in points]
-    shares = plot_curve(x, _curves(points), "edits", f"share, {name}")
+    shares = plot_curve(x, _curves(points), "edits", f"share ({name})")
     ratio = plot_curve(
         x, {"perplexity": [p.perplexity_ratio for p in points]}, "edits", "perplexity of neutral text, now over before"
     )
@@ -171,7 +171,7 @@ def save_png(points: Sequence[Point], path: str | Path) -> None:
     """
     figure = need("matplotlib.figure").Figure(figsize=(8, 4.5), facecolor="white")
     _plots._paint_curve(figure, [float(p.n_edits) for p in points], _curves(points), ("edits", "share"))
-    with store._new_file(path) as new:
+    with store.new_file(path) as new:
         figure.savefig(new, format="png", dpi=150)
 
 

@@ -29,10 +29,12 @@ _CORE = (
 )
 _EXTRAS = {
     "plot": ("matplotlib", "jinja2"),
-    "web": ("fastapi", "uvicorn"),
+    "serve": ("fastapi", "uvicorn", "prometheus_client"),
+    "redis": ("redis",),
     "ray": ("ray",),
-    "edges": ("flwr",),
-    "export": ("onnx", "onnxruntime"),
+    "edges": ("flwr", "cryptography", "psutil"),
+    "export": ("onnx", "onnxruntime", "onnxscript"),
+    "data": ("pyarrow", "datasets"),
 }
 
 

@@ -44,6 +44,8 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+SPELLINGS = 10
+"""Other spellings of a related prompt's answer that are tried; published sets have up to 163."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -233,8 +235,13 @@ def _targets(exam: Exam) -> list[Text]:
     pairs = [(t, answer) for t in asked for answer in (fact.target, exam.truth)]
     pairs += [(Text(p.prompt), a) for p in fact.neighbors for a in (p.answer or exam.truth, fact.target)]
     pairs += [(Text(p.prompt), fact.target) for p in fact.related]
-    pairs += [(Text(p.prompt), p.answer) for p in fact.related if p.answer]
+    pairs += [(Text(p.prompt), answer) for p in fact.related for answer in _right(p)]
     return [replace(text, target=answer) for text, answer in pairs]
+
+
+def _right(prompt: Prompt) -> list[str]:
+    """Return the spellings of a known answer that count as right."""
+    return [prompt.answer, *prompt.aliases[:SPELLINGS]] if prompt.answer else []
 
 
 def _prompts(exam: Exam) -> list[Before]:
@@ -296,12 +303,11 @@ def _related(row: dict[str, float], exam: Exam, heard: _Heard, shifts: Sequence[
     row["r_skipped"] = _mean(not d for d in differs)
     if any(differs):
         row["r_specificity_mean"] = _mean(old.nll < b.nll for old, b, d in zip(shifts, new, differs) if d)
-    answered = [i for i, p in enumerate(related) if p.answer]
-    if answered:
-        right = heard.take(len(answered))
-        row["r_gold"] = _mean(a.nll < new[i].nll for a, i in zip(right, answered))
-        row["r_gold_strict"] = _mean(a.strict for a in right)
-        row["r_gold_tokens"] = _mean(a.exact for a in right)
+    right = [(heard.take(len(_right(p))), b) for p, b in zip(related, new) if p.answer]
+    if right:  # any spelling will do
+        row["r_gold"] = _mean(min(a.nll for a in own) < b.nll for own, b in right)
+        row["r_gold_strict"] = _mean(any(a.strict for a in own) for own, _ in right)
+        row["r_gold_tokens"] = _mean(max(a.exact for a in own) for own, _ in right)
 
 
 def _written(row: dict[str, float], exam: Exam, generated: Generated) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -55,6 +55,8 @@ class Rets(RankOneMethod):
         >>> Rets(block=24).subject_weight
         100.0
     """
+
+    needs_subject: ClassVar[bool] = False
 
     kl_position: Literal["subject", "last"] = setting("last", "Where the drift of '{subject} is a' is read.")
     block: int = setting(

@@ -12,7 +12,7 @@ from ..tokens import Bos, Row, Text, encode
 from .contexts import Context
 from .facts import Fact
 
-__all__ = ["Position", "Problem", "grouped", "problems"]
+__all__ = ["Position", "Problem", "grouped", "problems", "require_subjects"]
 
 Position = Literal["subject", "prompt"]
 
@@ -63,16 +63,25 @@ def problems(
         FactError: The position is the subject's and a fact has none.
     """
     if position == "subject":
-        for fact in facts:
-            if not fact.subject:
-                raise FactError(
-                    f"The fact {fact.prompt!r} has no subject; this method writes at the subject's last token. "
-                    "Name the subject, or use rets or ft_m."
-                )
+        require_subjects(facts)
     texts = [Text(f.before, f.subject, f.after, f.target, c.text) for f in facts for c in contexts]
     rows = encode(model.tokenizer, texts, bos)
     n = len(contexts)
     return [_problem(model, f, rows[i * n : (i + 1) * n], contexts, position, bos) for i, f in enumerate(facts)]
+
+
+def require_subjects(facts: Sequence[Fact]) -> None:
+    """Refuse facts without a subject.
+
+    Raises:
+        FactError: With the first of them.
+    """
+    for fact in facts:
+        if not fact.subject:
+            raise FactError(
+                f"The fact {fact.prompt!r} has no subject; this method writes at the subject's last token. "
+                "Name the subject, or use rets or ft_m."
+            )
 
 
 def _problem(
@@ -95,8 +104,10 @@ def _problem(
     total = sum(contexts[i].weight for i in kept)
     kl, kl_at = None, 0
     if fact.subject:
-        lead = next((c.text for c in contexts if c.text), "") if _opens(model, fact, bos) else ""
-        kl = encode(model.tokenizer, [Text("", fact.subject, " is a", context=lead)], bos)[0]
+        opens = _opens(model, fact, bos)
+        lead = next((c.text for c in contexts if c.text), "") if opens else ""
+        alone = opens and not lead and bos == "tokenizer" and model.tokenizer.bos_token_id is not None
+        kl = encode(model.tokenizer, [Text("", fact.subject, " is a", context=lead)], "always" if alone else bos)[0]
         kl_at = kl.prompt if position == "prompt" else kl.subject or 0
     return Problem(
         fact,

@@ -7,6 +7,7 @@ What is measured on the way, and the collapse curve, stand in `retouch.edit.coll
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -30,6 +31,7 @@ from .facts import Fact
 __all__ = ["Run", "Stopped", "distinct", "plan_next", "run", "run_bench"]
 
 Guard = Literal["stop", "record"]
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +45,7 @@ class Run:
         n_superseded: Facts among them that a later one of the same subject and relation has replaced.
         bound_at: Edits after which the bound would first be passed; None when it never was.
         ratio: Perplexity ratio there; None likewise.
+        ended: Why no further batch could be planned; empty where the sequence ran to its end or to the bound.
     """
 
     ledger: Ledger
@@ -51,6 +54,7 @@ class Run:
     n_superseded: int = 0
     bound_at: int | None = None
     ratio: float | None = None
+    ended: str = ""
 
     def numbers(self) -> dict[str, float]:
         """Return what was measured last, for a bench; times are totals."""
@@ -59,6 +63,8 @@ class Run:
             found |= {k: v for k, v in self.points[-1].to_dict().items() if v is not None}
         if self.bound_at is not None:
             found["bound_at_edits"] = self.bound_at
+        if self.ended:
+            found["ended_at_edits"] = self.n_edits
         return found
 
 
@@ -139,10 +145,12 @@ def run(
     Raises:
         Stopped: The next batch would pass the bound; it was not kept. The model up to there is written and in the error.
         UserError: There are no facts, or a number is not allowed.
+        FactError: The method cannot use one of the facts, for want of a subject.
     """
     facts = list(facts)
     ledger = start if isinstance(start, Ledger) else Ledger(start)
     _check(facts, batch_size, max_perplexity_ratio, every)
+    method.ready(ledger.model, facts)
     step = every or max(batch_size, len(facts) // 10)
     own = Path(journal) if journal else (_beside(Path(out)) if out else None)
     for place in (out, own):
@@ -195,6 +203,7 @@ class _Batches:
         self.watch, self.journal, self.unedited = seen, journal, ledger.base
         self.points: list[Point] = []
         self.bound: tuple[int, float] | None = None
+        self.ended = ""
 
     def run(self, batch_size: int, step: int, limit: float, guard: Guard) -> Run:
         starts = range(0, len(self.facts), batch_size)
@@ -205,11 +214,12 @@ class _Batches:
             line = self.journal.line(batch)
             try:
                 after, change = self._again(line, start, stop) if line else self._next(start, stop)
-            except (SolveError, NoEffect):
+            except (SolveError, NoEffect) as error:
                 if guard == "stop":
                     raise
-                self.bound = self.bound or (stop, math.inf)
-                break  # a model that has collapsed cannot be edited any more
+                self.ended = str(error)  # a model that has collapsed cannot be edited, nor can keys that are kept
+                _log.warning("%s: the sequence ends after %d edits. %s", self.method.name, kept, error)
+                break
             ratio = float(line["ratio"]) if line else self._ratio(after.model)
             if not ratio <= limit and self.bound is None:  # not a number is no pass
                 self.bound = (stop, ratio)
@@ -229,7 +239,7 @@ class _Batches:
         report(f"{self.method.name}: edits in sequence", len(self.facts), len(self.facts))
         current = distinct(self.facts[:kept])
         at, ratio_there = self.bound or (None, None)
-        return Run(self.ledger, tuple(self.points), kept, kept - len(current), at, ratio_there)
+        return Run(self.ledger, tuple(self.points), kept, kept - len(current), at, ratio_there, self.ended)
 
     def _next(self, start: int, stop: int) -> tuple[Ledger, Change | None]:
         try:
@@ -285,16 +295,18 @@ def run_bench(
         every: Edits between two measurements; by default a tenth of all.
 
     Returns:
-        The JSON object: verb, model, data, n, seed, environment, methods (what was measured last), and curves (all that
-        was measured, by method).
+        The JSON object: verb, model, data, n, seed, environment, methods (what was measured last), curves (all that
+        was measured, by method), and ended (why a method stopped early, by method).
     """
+    for method in methods.values():
+        method.ready(model, facts)
     result: dict[str, Any] = {
         "verb": "edit", "model": model.source, "data": data, "n": len(facts), "seed": seed,
         "environment": {
             **environment(), "suite": "sequential", "batch": batch_size, "guard": guard, "bound": max_perplexity_ratio,
             "settings": {name: m.to_dict() for name, m in methods.items()},
         },
-        "methods": {}, "curves": {},
+        "methods": {}, "curves": {}, "ended": {},
     }  # fmt: skip
     journals = []
     for name, method in methods.items():
@@ -305,6 +317,7 @@ def run_bench(
         )  # fmt: skip
         result["methods"][name] = done.numbers()
         result["curves"][name] = [p.to_dict() for p in done.points]
+        result["ended"] |= {name: done.ended} if done.ended else {}
     store.write_json_atomic(out, result)
     for folder in journals:
         shutil.rmtree(folder, ignore_errors=True)

@@ -192,7 +192,7 @@ def counterfact(data_dir: Path, n: int | None, seed: int, split: Split = "test")
         FactError: A set is missing or damaged.
     """
     _check(n, split)
-    chosen = _drawn(load(data_dir / "counterfact" / "counterfact_full.json", bad="skip"), n, seed, split)
+    chosen = _drawn(load(_set(data_dir / "counterfact", "counterfact_full.json"), bad="skip"), n, seed, split)
     data, rows = read_knowledge(data_dir), _by_subject(read_rows(data_dir))
     return [_with_related(fact, data, rows.get(fold(fact.subject), ())) for fact in chosen]
 
@@ -214,7 +214,7 @@ def knowedit(data_dir: Path, n: int | None, seed: int, split: Split = "test") ->
         FactError: The set is missing or damaged.
     """
     _check(n, split)
-    return _drawn(load(data_dir / "knowedit" / "wiki_counterfact_train.json", bad="skip"), n, seed, split)
+    return _drawn(load(_set(data_dir / "knowedit", "wiki_counterfact_train.json"), bad="skip"), n, seed, split)
 
 
 def zsre(data_dir: Path, n: int | None, seed: int, split: Split = "test") -> list[Fact]:
@@ -234,7 +234,13 @@ def zsre(data_dir: Path, n: int | None, seed: int, split: Split = "test") -> lis
         FactError: The set is missing or damaged.
     """
     _check(n, split)
-    return _drawn(load(data_dir / "zsre" / "zsre_mend_train-1k.json", bad="skip"), n, seed, split)
+    return _drawn(load(_set(data_dir / "zsre", "zsre_mend_train-1k.json"), bad="skip"), n, seed, split)
+
+
+def _set(folder: Path, name: str) -> Path:
+    """Return a set's file: the one of the usual name, else the only JSON file of its folder."""
+    found = list(folder.glob("*.json"))
+    return found[0] if len(found) == 1 and not (folder / name).is_file() else folder / name
 
 
 def _check(n: int | None, split: str) -> None:

@@ -76,6 +76,10 @@ class Top(RankOneMethod):
         fields = type(self).__dataclass_fields__
         return replace(row, **{k: v for k, v in published.items() if getattr(self, k) == fields[k].default})
 
+    def _contexts(self, model: Model) -> list[Context]:
+        """Under ``faithful`` no text with the word import, as in the authors' code."""
+        return [c for c in super()._contexts(model) if not (self.faithful and "import" in c.text.split())]
+
     def shared(self, model: Model, facts: Sequence[Fact]) -> dict[str, linalg.Identity | linalg.Covariance]:
         """Make the metrics once."""
         names = [down(b) for b in self.blocks_of(model)]

@@ -13,6 +13,7 @@ from ..lanes import Owners
 from ..measure import continuations, ngram_entropy
 from ..model import Model
 from ..progress import report
+from ._fact import joined
 from .facts import Fact
 from .instructions import conversations, end_of_turn
 
@@ -131,9 +132,15 @@ def hit(said: str, wanted: Sequence[str], old: str) -> bool:
         (True, False)
     """
     text = _normal(said)
-    places = [m.start() for w in wanted if (m := re.search(rf"\b{re.escape(_normal(w))}\b", text)) and _normal(w)]
-    before = re.search(rf"\b{re.escape(_normal(old))}\b", text) if _normal(old) else None
-    return bool(places) and not (before and before.start() < min(places))
+    places = [at for w in wanted if (at := _place(text, _normal(w))) >= 0]
+    before = _place(text, _normal(old))
+    return bool(places) and not 0 <= before < min(places)
+
+
+def _place(text: str, name: str) -> int:
+    """Find where a name first stands as words of its own; -1 where it does not."""
+    found = re.finditer(re.escape(name), text) if name else ()
+    return next((m.start() for m in found if not (joined(text, m.start()) or joined(text, m.end()))), -1)
 
 
 def _normal(text: str) -> str:

@@ -254,10 +254,25 @@ def test_the_command_makes_saves_and_answers(retouch, bert, data, tmp_path, monk
     monkeypatch.setattr(sys, "stdin", io.StringIO("the capital is paris\nthe tower in rome\n"))
     lines = [json.loads(line) for line in retouch("slim", out, "--predict", "-").out.splitlines()]
     assert [line["label"] in NAMES for line in lines] == [True, True]
+    (tmp_path / "marked.txt").write_bytes("\ufeffparis\n".encode())
+    (tmp_path / "plain.txt").write_bytes(b"paris\n")
+    marked, plain = (retouch("slim", out, "--predict", tmp_path / f"{n}.txt").out for n in ("marked", "plain"))
+    assert marked == plain
+    (tmp_path / "latin.txt").write_bytes("paris caf\xe9\n".encode("latin-1"))
+    assert "not UTF-8" in retouch("slim", out, "--predict", tmp_path / "latin.txt", code=2).err
+    (tmp_path / "pair.txt").write_text("paris\trome\n", encoding="utf-8")
+    assert "trained on single texts" in retouch("slim", out, "--predict", tmp_path / "pair.txt", code=2).err
+    rows = f"{NAMES[0]},in france\n{NAMES[1]},in italy\n" * 2
+    (tmp_path / "calib.csv").write_text(f"place,body\n{rows}", encoding="utf-8")
+    others = ("--recalibrate", "--calib", tmp_path / "calib.csv", "--flops", "1/2", "--json")
+    assert "no label column" in retouch("slim", out, *others, code=2).err
+    assert json.loads(retouch("slim", out, *others, "--columns", "text=body,label=place").out)["model"] == str(out)
     told = json.loads(
         retouch("slim", out, "--recalibrate", "--calib", data / "calib.tsv", "--flops", "0.45", "--json").out
     )
     assert told["threshold"]["cost"] <= 0.45
+    card = (out / "README.md").read_text()
+    assert 0 < card.index(" --params 3/4 ") < card.index("--flops 1/2 --json") < card.index("--flops 0.45")
     told = json.loads(retouch("slim", out, "--measure", "--test", data / "test.tsv", "--json").out)
     assert {(r["model"], r["batch_size"]) for r in told["rows"]} == {("slim", 1), ("slim", 8), ("slim", 32)}
     assert told["note"] in retouch("slim", out, "--measure", "--test", data / "test.tsv").out
@@ -315,6 +330,11 @@ def test_of_several_processes_one_writes_and_speaks(bert, data, tmp_path):
         (("--train", "{train}", "-o", "{train}/x", "--params", "1/2"), "cannot be made"),
         (("--train", "{train}", "-o", "{out}", "--params", "1/2", "--method", "linear"), "linear is a yardstick"),
         (("--recalibrate", "--flops", "0.2"), "needs --calib"),
+        (("--recalibrate", "--calib", "{train}", "--flops", "0.2"), "which is not slim"),
+        (("--train", "{train}", "-o", "{out}", "--params", "1/2", "--loss", "flip"), "Leave out --loss: .*--max-harm"),
+        (("--train", "{train}", "-o", "{out}", "--params", "1/2", "--cost", "seconds"), "Leave out --cost: .*--flops"),
+        (("--train", "{train}", "-o", "{out}", "--params", "1/2", "--columns", "review"), "--columns says what"),
+        (("--train", "{train}", "-o", "{out}", "--params", "1/2", "--columns", "text=a,label=b"), "no column 'a'"),
         (("--measure",), "needs --test"),
         (("--measure", "--test", "{train}", "--scoring", "x"), "There is no option --scoring"),
     ],

@@ -61,6 +61,30 @@ def test_threshold_certificate_command_and_the_way_to_open_it_are_told(slim, tex
     assert "## Limits" in text
 
 
+def test_a_certificate_that_fails_is_told_of_a_refusal_alone(slim):
+    proof = replace(slim.threshold.certificate, limit=0.001, upper=0.02)
+    careful = replace(slim.threshold, value=0.0, certificate=proof, reason="No saving is certified.")
+    assert careful.sentences() == ["No saving is certified."]
+    refused = replace(careful, value=None, reachable=False, reason=f"It is above. {proof.sentence()}")
+    assert refused.sentences() == [f"It is above. {proof.sentence()}"]
+    assert "above the limit" not in "".join(sentences(replace(slim, threshold=careful)))
+    assert slim.threshold.sentences()[0] == slim.threshold.certificate.sentence()
+
+
+def test_of_a_quality_not_above_0_no_share_is_told(slim):
+    read = card(replace(slim, quality_base=-0.05, point=replace(slim.point, quality_kept=0.0)))
+    assert "| slim, all blocks |" in read
+    assert not [line for line in read.split("## Exits")[0].splitlines() if line.startswith("| slim") and "%" in line]
+    assert "% of it" not in read
+
+
+def test_the_card_of_a_model_of_pairs_shows_pairs(slim):
+    assert "text_pair" not in card(slim)
+    read = card(replace(slim, classifier=replace(slim.classifier, pairs=True)))
+    assert '[{"text": "a text", "text_pair": "another one"}]' in read
+    assert 'printf "a text\\tanother one\\n" | retouch slim' in read
+
+
 def test_what_does_not_hold_is_said(slim):
     refused = replace(slim.threshold, value=None, reachable=False, reason="It costs too much.", certificate=None)
     said = sentences(replace(slim, threshold=refused))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +15,8 @@ from scipy.stats import spearmanr
 
 from retouch.errors import UnknownName, UserError
 from retouch.slim._folders import hub_splits
+from retouch.slim._layouts import rows_of
+from retouch.slim._reading import Table
 from retouch.slim.data import Example, digest, make_task, quality, read
 from retouch.slim.splits import Spans, carve, folded, groups
 from retouch.store import key, sha256_file
@@ -99,6 +103,7 @@ def test_a_hub_set_gives_names_for_classes_and_leaves_hidden_labels_out():
         "train": [("a", None, "yes"), ("b", None, "no")],
         "test": [("a", None, "no"), ("b", None, "yes")],
     }
+    assert found["train"].names == ("no", "yes")
     found = hub_splits("o/s", loaded(train=[1, 0], validation=[0, 1], test=[1, 1]))
     assert [plain(found[split])[0][2] for split in ("train", "valid", "test")] == ["yes", "no", "yes"]
     with pytest.raises(UserError, match="no split 'train' with labels; it has validation"):
@@ -205,6 +210,42 @@ def test_a_file_that_cannot_be_used_says_where(tmp_path, name, text, message):
         read(put(tmp_path / name, text))
 
 
+def test_a_column_of_numbers_in_a_file_without_a_header_is_no_text(tmp_path):
+    rows = [(f"{i}\tfilm {i} was seen\t{i % 2}", f"film {i} was seen") for i in range(8)]
+    found = read(put(tmp_path / "a.tsv", "\n".join(row for row, _ in rows)))
+    assert [(e.text, e.pair) for e in found] == [(text, None) for _, text in rows]
+    with pytest.raises(UserError, match=r"a.tsv has no label column"):
+        read(put(tmp_path / "a.tsv", "1\t0\n2\t1\n3\t0\n"))
+
+
+@pytest.mark.parametrize("name", ["TREC.all", "stsa.fine.train", "stsa.fine.dev", "train_5500.label"])
+def test_lines_that_begin_with_a_label_may_be_latin_1(tmp_path, name):
+    found = read(put(tmp_path / name, "1 caf\xe9\n0 bar\n".encode("latin-1")))
+    assert [(e.label, e.text) for e in found] == [("1", "caf\xe9"), ("0", "bar")]
+
+
+def test_a_cell_may_be_as_long_as_a_book(tmp_path):
+    usual, book = csv.field_size_limit(), "word " * 40_000
+    found = read(put(tmp_path / "a.csv", f'text,label\n"{book}",1\nshort,0\n'))
+    assert found[0].text == book.strip()
+    assert csv.field_size_limit() == usual
+
+
+@pytest.mark.parametrize("mark", [";", "|", "\t"])
+def test_other_separators_are_named(tmp_path, mark):
+    with pytest.raises(UserError, match=r"Save it with commas, or as .tsv"):
+        read(put(tmp_path / "a.csv", f"text{mark}label\nx{mark}1\n"))
+
+
+def test_rows_on_which_annotators_did_not_agree_are_left_out_and_counted(tmp_path, caplog):
+    texts = "gold_label\tsentence1\tsentence2\nneutral\ta\tb\n-\tc\td\nentailment\te\tf\n"
+    found = read(put(tmp_path / "snli.tsv", texts))
+    assert [e.label for e in found] == ["neutral", "entailment"]
+    assert found.skipped == 1 and "did not agree" in caplog.text
+    with pytest.raises(UserError, match="label is '-'"):
+        read(put(tmp_path / "none.tsv", "gold_label\tsentence1\tsentence2\n-\tc\td\n"))
+
+
 def test_a_wrong_path_names_the_nearest(tmp_path):
     put(tmp_path / "train.tsv", lines(some(4)))
     with pytest.raises(UserError, match=r"Did you mean 'train.tsv'"):
@@ -243,6 +284,12 @@ def test_a_folder_of_glue_reports_on_dev_and_never_opens_its_test(tmp_path):
     assert files(folder) == {"train": "train.tsv", "test": "dev.tsv"}
 
 
+def test_a_labelled_test_file_beside_columns_as_in_glue_is_what_is_reported_on(tmp_path):
+    for i, split in enumerate(("train", "dev", "test")):
+        put(tmp_path / "any" / f"{split}.tsv", lines(some(40 * (i + 1), 40 * i), "sentence\tlabel"))
+    assert files(tmp_path / "any") == {"train": "train.tsv", "valid": "dev.tsv", "test": "test.tsv"}
+
+
 def test_several_sets_in_a_folder_are_told_by_the_beginning_of_their_names(tmp_path):
     for name in ("a.train.all", "a.test.all", "b.train.all"):
         put(tmp_path / name, "".join(f"{i % 2} {name} {i}\n" for i in range(40)))
@@ -276,6 +323,23 @@ def test_classes_are_sorted_numbers_by_value_and_may_be_ordered():
     assert task.calib == task.valid == task.test == ()
     with pytest.raises(UserError, match="the labels no, which are not among yes, maybe"):
         make_task(named, labels=("yes", "maybe"))
+
+
+def test_classes_stand_in_the_order_that_the_set_gives_them():
+    rows = tuple(Example(f"text {i}", None, ("equivalent", "not_equivalent")[i % 2]) for i in range(40))
+    named = replace(rows_of(Table("x", ("text", "label"), [(e.text, e.label) for e in rows], range(40))),
+                    names=("not_equivalent", "equivalent", "never"))  # fmt: skip
+    assert make_task(named).labels == ("not_equivalent", "equivalent")
+    assert make_task(rows).labels == ("equivalent", "not_equivalent")
+
+
+def test_pairs_beside_single_texts_are_refused():
+    single = [Example(f"text {i}", None, i % 2) for i in range(40)]
+    pairs = [Example(f"one {i}", f"other {i}", i % 2) for i in range(40)]
+    with pytest.raises(UserError, match="valid has pairs of texts, and the training rows are single texts"):
+        make_task(single, pairs)
+    with pytest.raises(UserError, match="test has single texts, and the training rows are pairs"):
+        make_task(pairs, test=single)
 
 
 def test_numbers_with_fractions_make_a_regression(tmp_path):

@@ -268,3 +268,14 @@ def test_the_command_tells_what_is_lost(onnx, cheap, tmp_path, monkeypatch, caps
     assert told["lost_exits"] == [0] and "--calib" in told["notes"][1]
     code, _, wrong = run("slim", model, "--export", model)
     assert code == 2 and "is no export" in wrong and (model / "model.safetensors").is_file()
+
+
+def test_rows_of_the_other_kind_choose_no_threshold(tmp_path):
+    (tmp_path / "pairs.tsv").write_text("text\ttext2\tlabel\na\tb\tyes\nc\td\tno\n", encoding="utf-8")
+    task = {"labels": ["no", "yes"]}
+    assert len(calibration_rows(tmp_path / "pairs.tsv", {"task": task | {"pairs": True}})) == 2
+    assert len(calibration_rows(tmp_path / "pairs.tsv", {"task": task})) == 2  # made before kinds were kept
+    with pytest.raises(UserError, match="holds pairs of texts, and the model was trained on single texts"):
+        calibration_rows(tmp_path / "pairs.tsv", {"task": task | {"pairs": False}})
+    with pytest.raises(UserError, match="no column 'body'"):
+        calibration_rows(tmp_path / "pairs.tsv", {"task": task}, {"text": "body", "label": "label"})

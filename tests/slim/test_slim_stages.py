@@ -20,6 +20,7 @@ import families
 from retouch import registry
 from retouch.errors import RetouchError, SettingsError, UserError
 from retouch.progress import listen
+from retouch.slim import _run, teaching
 from retouch.slim.base import Widths
 from retouch.slim.costeff import CostEff
 from retouch.slim.cutting import Scoring
@@ -28,7 +29,16 @@ from retouch.slim.losses import hidden_loss
 from retouch.slim.network import from_classifier, from_encoder
 from retouch.slim.presets import Stage, stages
 from retouch.slim.stages import Run, fit
-from retouch.slim.teaching import Lesson, Teacher, answers, inputs_of, numbered, qualities
+from retouch.slim.teaching import (
+    Lesson,
+    Teacher,
+    answers,
+    hidden_bytes,
+    hidden_states,
+    inputs_of,
+    numbered,
+    qualities,
+)
 from retouch.slim.widths import parameters
 
 WORDS = toy.tokenizer()
@@ -412,6 +422,33 @@ def test_hidden_only_steps_charge_no_answers(class_):
     assert hidden > 0
     assert float(both(batch, True, 0.0)[0]) == pytest.approx(hidden)
     assert float(both(batch, False, 0.0)[0]) == pytest.approx(hidden + float(answers_only(batch, False, 0.0)[0]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("every_block", [True, False])
+def test_hidden_states_that_are_kept_give_the_loss_of_those_computed_again(class_, every_block):
+    student, teacher, batch = class_
+    ready, stage = run(None), Stage("s", 1.0, epochs=1, hidden=True, every_block=every_block)
+    encoded, levels = ready.encoded("train"), stage.levels(student.size.blocks)
+    kept = hidden_states(ready.accelerator, teacher.network, encoded, levels, batch_size=3)
+    again = float(lesson(student, stage, teacher)(batch, False, 0.0)[0])
+    without_network = Teacher(None, {}, hidden=kept)
+    assert again > 0
+    assert float(lesson(student, stage, without_network)(batch, False, 0.0)[0]) == pytest.approx(again, rel=2e-3)
+    assert kept.states.nbytes == hidden_bytes(student.size, encoded, levels)
+
+
+def test_hidden_states_are_kept_once_for_all_stages_where_they_fit(tmp_path, monkeypatch):
+    asked = []
+    real = teaching.hidden_states
+    monkeypatch.setattr(_run, "hidden_states", lambda *a, **k: asked.append(a[3]) or real(*a, **k))
+    kept = fitted(tmp_path / "kept")
+    assert len(asked) == 1  # slenderise, recover_hidden and recover share the assistant's
+    again = fitted(tmp_path / "again", hidden_mib=0)
+    assert len(asked) == 1
+    one, other = (f.history[-1]["curve"][-1][1] for f in (kept, again))
+    assert one == pytest.approx(other, rel=0.05)
+    assert kept.key != again.key  # their last bits differ
 
 
 def test_equilibrium_changes_gradients_and_not_the_loss(class_):

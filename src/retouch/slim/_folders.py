@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, absent
 from ..store import sha256_file
-from ._layouts import LAYOUTS, Rows, rows_of
-from ._reading import Table, few, missing, read_table
+from ._layouts import LAYOUTS, Layout, Rows, rows_of
+from ._reading import Table, few, label_text, read_table
 
 __all__ = ["GLUE", "SPLITS", "glue_task", "hub_splits", "read_file", "read_splits"]
 
@@ -33,7 +34,7 @@ Columns = Mapping[str, str] | None
 def read_file(path: Path, columns: Columns = None) -> Rows:
     """Read one file, with its hash."""
     rows = rows_of(read_table(path), columns)
-    return Rows(rows.examples, rows.table, rows.layout, rows.skipped, sha256_file(path))
+    return replace(rows, sha256=sha256_file(path))
 
 
 def glue_task(path: str | Path) -> str | None:
@@ -70,19 +71,24 @@ def read_splits(source: str | Path, columns: Columns = None) -> dict[str, Rows]:
             raise UserError(f"{path} has no file for training; found {few([f.name for f in files.values()])}.")
         return rows | {
             split: read_file(file, columns)
-            for split, file in _parts(files, _is_glue(source, rows["train"])).items()
+            for split, file in _parts(files, _is_glue(source, rows["train"].layout, files.get("test"))).items()
             if split != "train"
         }
     if path.is_dir():
         raise UserError(f"{path} holds no file train.tsv, .csv, .jsonl or .parquet.")
     local = path.is_absolute() or (path.parent != Path() and path.parent.is_dir())
     if local or not _HUB.fullmatch(str(source)):
-        raise missing(path)
+        raise absent(path)
     return _hub(str(source), columns)
 
 
-def _is_glue(source: str | Path, train: Rows) -> bool:
-    return glue_task(source) is not None or train.layout.glue
+def _is_glue(source: str | Path, layout: Layout, test: Path | None) -> bool:
+    """Say whether the test file is one of GLUE, without labels: by the folder's name, or by its columns."""
+    if glue_task(source) is not None or test is None or not layout.glue:
+        return glue_task(source) is not None
+    table = read_table(test)
+    names = table.columns or table.rows[0]
+    return not layout.label or layout.label not in {str(name).strip().casefold() for name in names}
 
 
 def _parts(found: dict[str, Any], glue: bool) -> dict[str, Any]:
@@ -151,7 +157,8 @@ def hub_splits(source: str, loaded: Mapping[str, Any], columns: Columns = None) 
     for split, data in loaded.items():
         place = {"validation": "dev", "validation_matched": "dev"}.get(split) or _WORDS.get(split)
         if place and not _hidden(data):
-            found[place] = rows_of(_hub_table(f"{source} {split}", data), columns)
+            rows = rows_of(_hub_table(f"{source} {split}", data), columns)
+            found[place] = replace(rows, names=_names(data, rows.layout))
     if "train" not in found:
         raise UserError(f"{source} has no split 'train' with labels; it has {few(list(loaded))}.")
     return _parts(found, glue_task(source) is not None)
@@ -161,6 +168,13 @@ def _hidden(data: Any) -> bool:
     """Say whether all labels of a split are -1, which stands for a label that is not published."""
     names = [name for name in data.column_names if name.casefold() in {layout.label for layout in LAYOUTS}]
     return bool(names) and all(set(data[name]) == {-1} for name in names)
+
+
+def _names(data: Any, layout: Layout) -> tuple[str, ...] | None:
+    """Return the names of the classes in the set's order, by which F1 knows the class that it is of."""
+    column = next(name for name in data.column_names if name.strip().casefold() == layout.label)
+    names = getattr(data.features[column], "names", None)
+    return tuple(str(label_text(name)) for name in names) if names else None
 
 
 def _hub_table(name: str, data: Any) -> Table:

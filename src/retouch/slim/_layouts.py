@@ -43,7 +43,7 @@ LAYOUTS = (
     Layout("text", None, "label", glue=False),
     Layout("#1 string", "#2 string", "quality", "mrpc"),
     Layout("question1", "question2", "is_duplicate", "qqp", loose=True),
-    Layout("sentence1", "sentence2", "gold_label", "mnli"),
+    Layout("sentence1", "sentence2", "gold_label", "mnli", loose=True),
     Layout("sentence1", "sentence2", "score", "stsb"),
     Layout("question1", "question2", "label"),
     Layout("sentence1", "sentence2", "label"),
@@ -66,6 +66,7 @@ class Rows:
         layout: How the file names its columns.
         skipped: Rows left out, of a published set that is known to hold broken ones.
         sha256: Hash of the file; None when the rows came from no file.
+        names: The classes in the order that the set itself gives them; None where it gives none.
     """
 
     examples: tuple[Example, ...]
@@ -73,6 +74,7 @@ class Rows:
     layout: Layout
     skipped: int = 0
     sha256: str | None = None
+    names: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -97,7 +99,7 @@ def rows_of(table: Table, columns: Mapping[str, str] | None = None) -> Rows:
     """
     layout, places, first = _chosen(table, columns)
     width = len(table.rows[0]) if first or table.columns else None
-    faults = {row: _fault(table.rows[row], places, width) for row in range(first, len(table.rows))}
+    faults = {row: _fault(table.rows[row], places, width, layout) for row in range(first, len(table.rows))}
     kept = [row for row, fault in faults.items() if not fault]
     bad = [row for row, fault in faults.items() if fault]
     if not kept and not bad:
@@ -117,7 +119,7 @@ def _example(cells: Sequence[Any], places: tuple[int, int | None, int]) -> Examp
     return Example(cells[text].strip(), None if pair is None else cells[pair].strip(), label_text(cells[label]) or "")
 
 
-def _fault(cells: Sequence[Any], places: tuple[int, int | None, int], width: int | None) -> str | None:
+def _fault(cells: Sequence[Any], places: tuple[int, int | None, int], width: int | None, layout: Layout) -> str | None:
     """Say what is wrong with a row, or None."""
     if len(cells) != width and width is not None:
         return f"has {len(cells)} cells where the first line has {width}"
@@ -130,6 +132,8 @@ def _fault(cells: Sequence[Any], places: tuple[int, int | None, int], width: int
     label = cells[places[2]]
     if isinstance(label, list | dict):
         return "the label must be a text or a number; several labels for one text are not supported"
+    if label_text(label) == "-" and layout.label == "gold_label":
+        return "the label is '-': its annotators did not agree"
     return "the label is missing" if label_text(label) is None else None
 
 
@@ -166,9 +170,15 @@ def _no_column(table: Table, names: Sequence[str], known: Sequence[str], asked: 
         what = f"no column {absent[0]!r}"
     else:
         what = "no label column" if {*known}.isdisjoint(_LABELS) else "no column of texts that goes with its labels"
+    other = next((mark for mark in (";", "\t", "|") if len(names) == 1 and mark in names[0]), None)
+    if other:
+        return UserError(
+            f"{table.name} has one column: its cells are set apart by {other!r}. Save it with commas, or as .tsv."
+        )
     return UserError(
         f"{table.name} has {what}. Its columns: {few([name[:40] for name in names], 12)}. Call them text, label and, "
-        "for pairs, text2; or say which they are: columns={'text': ..., 'label': ...}."
+        "for pairs, text2; or say which they are: --columns text=...,label=..., in Python "
+        "columns={'text': ..., 'label': ...}."
     )
 
 
@@ -189,7 +199,10 @@ def _guessed(table: Table) -> tuple[Layout, tuple[int, int | None, int], int]:
     others = [count for name, count in counts.items() if name != table.rows[0][label]]
     if len(table.rows) > 3 and counts[table.rows[0][label]] == 1 < min(others, default=1):
         raise _no_column(table, table.rows[0], [], None)  # the first line is a header whose names are not known
-    text, *pair = (place for place in range(width) if place != label)
+    texts = [p for p in range(width) if p != label and not all(_is_number(row[p]) for row in table.rows)]
+    if not texts:  # a column of numbers alone is an index
+        raise _no_column(table, table.rows[0], [], None)
+    text, *pair = texts
     return Layout("", "" if pair else None, "", glue=False), (text, pair[0] if pair else None, label), 0
 
 

@@ -11,17 +11,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import store
+from .. import checkpoint, store
 from ..change import versions
 from ..model import Model
-from . import checkpoint
 from ._bag import Bag
 from ._originals import pooling_of
 from ._run import deciding
 from .api import Exiting, Slim
 from .base import Budget, SlimMethod
 from .data import Task, digest
-from .network import SlimForSequenceClassification
+from .network import SlimForSequenceClassification, network_of, plain_config
 from .opening import Source
 from .pareto import record
 from .readings import Tables
@@ -105,7 +104,7 @@ def keep(folder: Path, slim: Slim, task: Task, *, timed: bool, with_original: bo
     stored = {name: network for name, network in networks.items() if not isinstance(network, Bag)}
     for name, network in stored.items():
         tensors |= checkpoint.under(name, network.state_dict())
-    configs = {name: checkpoint.plain_config(network) for name, network in stored.items()}
+    configs = {name: plain_config(network) for name, network in stored.items()}
     facts = {"record": part.record, "rule": asdict(slim.rule), "exits": list(part.table.exits), "configs": configs}
     checkpoint.save(folder, tensors, facts)
     return part
@@ -130,10 +129,7 @@ def recall(folder: Path) -> Part | None:
         Table(arrays["logits"], tuple(facts["exits"]), arrays["labels"], arrays["lengths"]),
         Costs(arrays["spent"], arrays["base"]),
         Rule(**rule | {"temperatures": temperatures}),
-        **{
-            name: checkpoint.network_of(config, checkpoint.select(name, tensors))
-            for name, config in facts["configs"].items()
-        },
+        **{name: network_of(config, checkpoint.select(name, tensors)) for name, config in facts["configs"].items()},
     )
 
 

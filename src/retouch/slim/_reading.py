@@ -6,7 +6,6 @@ What the cells mean is decided in `_layouts`. Nothing here needs torch.
 from __future__ import annotations
 
 import csv
-import difflib
 import io
 import json
 import math
@@ -16,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from .._parquet import parquet_columns
-from ..errors import UserError
+from ..errors import UserError, absent
 
-__all__ = ["Example", "Table", "few", "label_text", "missing", "read_table"]
+__all__ = ["Example", "Table", "few", "label_text", "read_table"]
 
-LABEL_FIRST = ".all"
-"""The extension of files whose lines are a label, a space, a text (TREC, MR); they are published in Latin-1."""
+LABEL_FIRST = {".all", ".train", ".dev", ".test", ".label"}
+"""Extensions of files whose lines are a label, a space, a text (TREC, MR, SST); many are published in Latin-1."""
+_LONGEST = 2**31 - 1
+"""Characters of a cell; the limit of the csv module, 131,072, is less than a long document has."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def read_table(path: Path) -> Table:
         return _csv(path.name, _text(path.name, data))
     if suffix == ".tsv" or b"\t" in data.split(b"\n", 1)[0]:
         return _tsv(path.name, _text(path.name, data))
-    return _label_first(path.name, _text(path.name, data, latin=suffix == LABEL_FIRST))
+    return _label_first(path.name, _text(path.name, data, latin=suffix in LABEL_FIRST))
 
 
 # Bytes and text
@@ -101,19 +102,12 @@ def _bytes(path: Path) -> bytes:
     try:
         data = path.read_bytes()
     except FileNotFoundError as error:
-        raise missing(path) from error
+        raise absent(path) from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
     if not data.strip():
         raise UserError(f"{path.name} is empty.")
     return data
-
-
-def missing(path: Path) -> UserError:
-    """Build the error for a file or folder that is not there, with the nearest name that is."""
-    names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, names, n=1)
-    return UserError(f"There is no file or folder {str(path)!r}.{f' Did you mean {near[0]!r}?' if near else ''}")
 
 
 def _text(name: str, data: bytes, latin: bool = False) -> str:
@@ -152,7 +146,7 @@ def _tsv(name: str, text: str) -> Table:
 def _csv(name: str, text: str) -> Table:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     found: list[tuple[int, Sequence[Any]]] = []
-    start = 1
+    start, usual = 1, csv.field_size_limit(_LONGEST)
     try:
         for cells in reader:
             if any(map(str.strip, cells)):
@@ -163,6 +157,8 @@ def _csv(name: str, text: str) -> Table:
             f"{name} line {start} is no valid CSV: {error}. A field with a quotation mark, a comma or a line end is "
             'quoted, and a quotation mark in it doubled: "He said ""no"""'
         ) from error
+    finally:
+        csv.field_size_limit(usual)
     return _table(name, found)
 
 
@@ -212,7 +208,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _parquet(path: Path) -> Table:
-    columns, n = parquet_columns(path, ".tsv, .csv or .jsonl", missing)
+    columns, n = parquet_columns(path, ".tsv, .csv or .jsonl")
     return Table(path.name, tuple(columns), list(zip(*columns.values())), range(1, n + 1), "row")
 
 

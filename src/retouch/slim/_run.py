@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,21 +13,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from .. import store
+from .. import checkpoint, store
 from ..bound import Multiplier
 from ..errors import SettingsError, UserError
 from ..model import Model
-from . import checkpoint
+from ._assignment import Assignment, Trained
 from ._originals import pooling_of
 from .base import Plan, SlimMethod, Widths
-from .cutting import Scoring, cut, token_counts
+from .cutting import cut, token_counts
 from .data import Task
 from .encoded import Encoded, encode, endless, padded
-from .network import SlimForSequenceClassification
+from .network import SlimForSequenceClassification, network_of, plain_config
 from .presets import Stage, Stages, TrainingSettings, stages
 from .processes import state
 from .schedule import steps, timetable
-from .teaching import Teacher, answers, qualities
+from .teaching import Hidden, Teacher, answers, hidden_bytes, hidden_states, qualities
 from .training import Course, train
 
 if TYPE_CHECKING:
@@ -40,60 +40,6 @@ _FORMAT = 2
 
 _DECIDING = {"batch_size", "n_parts", "weight_decay", "clip"}
 """Settings of training that decide weights and are not said by the stage or the data."""
-
-
-@dataclass(frozen=True, eq=False)
-class Trained:
-    """A network that a stage left.
-
-    Attributes:
-        network: In eval mode.
-        key: Of everything that made it.
-        record: The stage's loss curve, checks and cuts; empty where nothing was trained.
-    """
-
-    network: SlimForSequenceClassification
-    key: str
-    record: dict[str, Any]
-
-    @property
-    def exits(self) -> tuple[int, ...]:
-        """Blocks with an exit."""
-        return self.network.widths.exits
-
-
-@dataclass(frozen=True, eq=False)
-class Assignment:
-    """What one stage of a method does, beside the network that it begins with.
-
-    Args:
-        stage: What is learnt.
-        teacher: Whom it learns from; None where it learns from labels alone.
-        equilibrium: Whether gradients flow down as means over exits.
-        cuts: The widths after each cut.
-        scoring: What is cut, and how it is found; needed with `cuts`.
-        original: Whom the harm is measured against; None: no constraint.
-        price_step: How fast the price of that harm rises.
-    """
-
-    stage: Stage
-    teacher: Trained | None = None
-    equilibrium: bool = True
-    cuts: tuple[Widths, ...] = ()
-    scoring: Scoring | None = None
-    original: Trained | None = None
-    price_step: float = 0.1
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return what decides the result, as values for a key."""
-        return {
-            "stage": self.stage.to_dict(),
-            "teacher": None if self.teacher is None else self.teacher.key,
-            "equilibrium": self.equilibrium,
-            "cuts": [goal.to_dict() for goal in self.cuts],
-            "scoring": None if self.scoring is None else asdict(self.scoring),
-            "original": None if self.original is None else [self.original.key, self.price_step],
-        }
 
 
 class BaseRun:
@@ -130,6 +76,7 @@ class BaseRun:
         self.max_harm = max_harm
         self.history: list[dict[str, Any]] = []
         self._encoded: dict[str, Encoded] = {}
+        self._hidden: tuple[Any, Hidden] | None = None
         self._check()
         self.accelerator = accelerator or _accelerator(self.settings.precision)
 
@@ -206,12 +153,12 @@ class BaseRun:
         key = self._key(work, n_steps, made_of)
         done, saved = (self.folder / f"{work.stage.name}-{key}{more}" for more in ("", "-partial"))
         if (found := checkpoint.load(done)) is not None:
-            network = checkpoint.network_of(found[1]["config"], found[0]).to(self.accelerator.device)
+            network = network_of(found[1]["config"], found[0]).to(self.accelerator.device)
             record = found[1]["record"]
         else:
             network, record = train(self.accelerator, self._course(work, n_steps), start, saved)
             if self.accelerator.is_main_process:
-                config = checkpoint.plain_config(network)
+                config = plain_config(network)
                 checkpoint.save(done, network.state_dict(), {"config": config, "record": record})
                 checkpoint.remove(saved)
             self.accelerator.wait_for_everyone()
@@ -247,6 +194,22 @@ class BaseRun:
             self.accelerator.wait_for_everyone()
         return {int(block): z.to(self.accelerator.device) for block, z in found[0].items()}
 
+    def keeps(self, work: Assignment, n_steps: int) -> bool:
+        """Whether the teacher's hidden states are computed once for a stage: it visits all rows, and they fit."""
+        if not work.stage.hidden or work.teacher is None:
+            return False
+        encoded, levels = self.encoded("train"), work.stage.levels(self.plan.size.blocks)
+        fits = hidden_bytes(self.plan.size, encoded, levels) <= self.settings.hidden_mib * 2**20
+        return fits and n_steps * self.settings.batch_size >= len(encoded)
+
+    def hidden(self, trained: Trained, levels: Sequence[int] | None) -> Hidden:
+        """Return a teacher's hidden states on the training set; those of the last one asked for are kept in memory."""
+        key = (trained.key, levels)
+        if self._hidden is None or self._hidden[0] != key:
+            self._hidden = None  # before the next ones are made
+            self._hidden = key, hidden_states(self.accelerator, trained.network, self.encoded("train"), levels)
+        return self._hidden[1]
+
     def qualities(self, network: SlimForSequenceClassification) -> dict[int, float]:
         """Return how good each exit is on the validation set, by block."""
         valid = self.encoded("valid")
@@ -264,11 +227,12 @@ class BaseRun:
             seed=self.method.seed,
             settings={k: v for k, v in asdict(self.settings).items() if k in _DECIDING},
             precision=self.accelerator.mixed_precision,
+            **({"hidden": "float16"} if self.keeps(work, n_steps) else {}),
         )
 
     def _course(self, work: Assignment, n_steps: int) -> Course:
         stage, teacher = work.stage, work.teacher
-        visited = (n_steps, self.seed(stage.name))
+        visited, levels = (n_steps, self.seed(stage.name)), stage.levels(self.plan.size.blocks)
         shown = {} if stage.answers in ("none", "labels") else self.answers(teacher, *visited)
         against = None if work.original is None else self.answers(work.original, *visited)
         n_checks = max(self.stages.n_checks, round(stage.epochs or 0))
@@ -282,6 +246,7 @@ class BaseRun:
                 None if teacher is None else teacher.network.eval(),
                 shown,
                 None if against is None else against[max(against)],
+                self.hidden(teacher, levels) if teacher is not None and self.keeps(work, n_steps) else None,
             ),
             check=self.qualities,
             cut=self._cut(work),
@@ -345,7 +310,7 @@ _NOT_WEIGHTS = {"_name_or_path", "transformers_version", "architectures", "dtype
 
 def deciding(network: SlimForSequenceClassification) -> dict[str, Any]:
     """Return what a classifier's configuration says that decides what it answers."""
-    return {k: v for k, v in checkpoint.plain_config(network).items() if k not in _NOT_WEIGHTS}
+    return {k: v for k, v in plain_config(network).items() if k not in _NOT_WEIGHTS}
 
 
 def _digest(encoded: Encoded) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from .. import store
 from ..errors import ModelError
@@ -16,7 +17,26 @@ from ..model import quiet
 from ._classifier import SlimForSequenceClassification
 from ._config import FORMAT, SlimConfig
 
-__all__ = ["open_slim", "prove", "save"]
+__all__ = ["network_of", "open_slim", "plain_config", "prove", "save"]
+
+
+def plain_config(network: SlimForSequenceClassification) -> dict[str, Any]:
+    """Return a network's configuration as values that JSON can hold."""
+    config: dict[str, Any] = json.loads(network.config.to_json_string(use_diff=False))
+    return config
+
+
+def network_of(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> SlimForSequenceClassification:
+    """Build a network of a configuration and all its weights, evaluating.
+
+    Raises:
+        RuntimeError: A weight is missing, extra, or of another shape.
+    """
+    with torch.random.fork_rng(devices=[]):  # fresh weights are drawn, and replaced at once
+        network = SlimForSequenceClassification(SlimConfig.from_dict(dict(config)))
+    network.load_state_dict(dict(weights))
+    network.eval()
+    return network
 
 
 def save(

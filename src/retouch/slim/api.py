@@ -113,7 +113,7 @@ class Slim:
         Args:
             folder: Where; one of ours that is already there gives way.
             keep_refused: Write it, never leaving early, although what was asked does not hold.
-            command: The command that made it, for the card.
+            command: The command that made it, for the card; those of before are told, too.
 
         Raises:
             BoundRefused: What was asked does not hold.
@@ -122,9 +122,9 @@ class Slim:
             self.threshold.require()
         from .card import card
 
-        save(
-            self.classifier.network, self.classifier.tokenizer, folder, record=self.to_dict(), card=card(self, command)
-        )
+        commands = [*self.record.get("commands", ()), *filter(None, [command])]
+        record = {**self.to_dict(), "commands": commands}
+        save(self.classifier.network, self.classifier.tokenizer, folder, record=record, card=card(self, command))
 
 
 def fit(
@@ -247,7 +247,13 @@ def _made(
     fitted = fit_method(task, opened.model, opened.tokenizer, plan, method, folder, max_harm=budget.max_harm)
     record = {
         "source": opened.name,
-        "task": {"name": task.name, "labels": task.labels, "metric": task.metric, "recipe": task.recipe},
+        "task": {
+            "name": task.name,
+            "labels": task.labels,
+            "metric": task.metric,
+            "pairs": task.train[0].pair is not None,
+            "recipe": task.recipe,
+        },
         "target_range": None if task.labels is not None else _range(task),
         "history": fitted.history,
         "seconds_training": round(time.monotonic() - begun, 1),
@@ -276,7 +282,7 @@ def calibrated(
     asked = 0.0 if threshold is None else threshold.saved
     at = point(table, rule, asked, costs, task.metric, base)
     return Slim(
-        Classifier(network, tokenizer, max_tokens),
+        Classifier(network, tokenizer, max_tokens, task.train[0].pair is not None),
         replace(plan, params_ratio=tables.parameters / tables.base_parameters),
         budget,
         method,

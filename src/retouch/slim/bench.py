@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from .. import store
+from .. import checkpoint, store
 from ..errors import UserError
 from ..progress import report as say
 from ..report import Table as Sheet
 from ..report import write_html
-from . import checkpoint
 from ._asked import task_of
 from ._parts import Part, keep, part_key, recall
 from ._run import one_precision

@@ -30,7 +30,7 @@ def card(slim: Slim, command: str = "") -> str:
 
     Args:
         slim: The model, measured.
-        command: The command that made it; empty leaves it out.
+        command: The command that made it, after those that its record names; empty leaves it out.
     """
     parts = [
         _header(slim),
@@ -42,7 +42,7 @@ def card(slim: Slim, command: str = "") -> str:
         "## Threshold",
         *map(mark, sentences(slim)),
         "## How to open it",
-        _OPEN,
+        _OPEN_PAIRS if slim.classifier.pairs else _OPEN,
         "## How it was made",
         _made(slim, command),
         "## Limits",
@@ -89,7 +89,7 @@ def _times(ratio: float) -> str:
 
 
 def _summary(slim: Slim) -> str:
-    kept = f" ({slim.point.quality_kept:.1%} of it)" if slim.quality_base else ""
+    kept = f" ({slim.point.quality_kept:.1%} of it)" if slim.quality_base > 0 else ""
     return (
         f"{_times(slim.plan.params_ratio)} of the parameters and {_times(slim.point.flops_ratio)} of the FLOPs of the "
         f"original, with {len(_exits(slim))} exits after {slim.classifier.network.size.blocks} blocks. "
@@ -135,6 +135,8 @@ def _quality_table(slim: Slim) -> Table:
     never, at = slim.curve[0], slim.point
     rows = [("original", slim.quality_base, None, 1.0), ("slim, all blocks", never.quality, never.quality_kept, never.flops_ratio)]  # fmt: skip
     rows.append(("slim, leaving early", at.quality, at.quality_kept, at.flops_ratio))
+    if slim.quality_base <= 0:  # there is no share of nothing
+        rows = [(name, found, None, flops) for name, found, _, flops in rows]
     columns = "", str(slim.record["task"]["metric"]), "of the original's", "FLOPs"
     return Table("Quality", columns, tuple((a, b, None if c is None else f"{c:.1%}", d) for a, b, c, d in rows))
 
@@ -172,12 +174,11 @@ def sentences(slim: Slim) -> list[str]:
         told = [f"A text leaves at the first exit whose uncertainty is below {found.saved:.6g} ({rule})."]
     else:
         told = ["What was asked does not hold, so the saved threshold is 0: nobody leaves early."]
-    told += [proof.sentence() for proof in (found.certificate, found.cost_certificate) if proof is not None]
+    told += found.sentences()
     if found.certificate is None:
         told.append("No limit of harm was asked for, so no harm is certified.")
     if found.certificate is not None and "recalibrated_on" in slim.record:
         told.append("Harm is measured against the slim model itself at full depth: the original was not at hand.")
-    told += [found.reason] if found.reason else []
     return told + ([] if slim.likeness is None else [slim.likeness.sentence()])
 
 
@@ -195,6 +196,12 @@ Line after line, with the exit that each text took:
 echo "a text" | retouch slim FOLDER --predict -
 ```"""
 
+_OPEN_PAIRS = (
+    _OPEN.replace('["a text", "another one"]', '[{"text": "a text", "text_pair": "another one"}]')
+    .replace("Line after line,", "Line after line, a tab between the two texts,")
+    .replace('echo "a text" |', 'printf "a text\\tanother one\\n" |')
+)
+
 
 def _made(slim: Slim, command: str) -> str:
     settings = ", ".join(f"{name} {value}" for name, value in slim.method.to_dict().items())
@@ -210,7 +217,8 @@ def _made(slim: Slim, command: str) -> str:
         )
     lines += [" ".join(one) for one in versions().items()]
     shown = "\n".join(f"- {mark(line)}" for line in lines)
-    return f"{_block(command)}\n\n{shown}" if command else shown
+    commands = "\n".join([*slim.record.get("commands", ()), *filter(None, [command])])
+    return f"{_block(commands)}\n\n{shown}" if commands else shown
 
 
 def _block(command: str) -> str:

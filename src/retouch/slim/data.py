@@ -137,6 +137,7 @@ def make_task(
     names = None if regression else _classes(given["train"], labels)
     rows = {split: _labelled(one, names) for split, one in given.items()}
     _check_apart(rows)
+    _check_kinds(rows)
     held = carve(
         rows["train"],
         n_calib=counts["calib"],
@@ -234,6 +235,17 @@ def _check_apart(rows: Mapping[str, Sequence[Example]]) -> None:
             )
 
 
+def _check_kinds(rows: Mapping[str, Sequence[Example]]) -> None:
+    """Refuse splits of single texts beside splits of pairs."""
+    pairs = {split: example.pair is not None for split, examples in rows.items() for example in examples}
+    if odd := [split for split, pair in pairs.items() if pair != pairs["train"]]:
+        kinds = "pairs of texts", "single texts"
+        raise UserError(
+            f"{odd[0]} has {kinds[pairs['train']]}, and the training rows are {kinds[not pairs['train']]}. Give rows of "
+            "one kind."
+        )
+
+
 # Labels
 
 
@@ -271,6 +283,8 @@ def _classes(train: Rows, labels: Sequence[str] | None) -> tuple[str, ...]:
     numbers = {label: _number(label) for label in seen}
     if len(seen) == 1:
         raise UserError(f"All labels of {train.table.name} are {next(iter(seen))!r}: there is nothing to tell apart.")
+    if train.names is not None and {*seen} <= {*train.names}:
+        return tuple(name for name in train.names if name in seen)
     if None in numbers.values():
         return tuple(sorted(seen))
     return tuple(sorted(seen, key=lambda label: (numbers[label] or 0.0, label)))

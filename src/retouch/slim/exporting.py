@@ -66,9 +66,8 @@ class Handed:
             return told
         at = "nobody leaves early" if not found.saved else f"texts leave below {found.saved:.6g}"
         told.append(f"The threshold was chosen anew on the export's own answers: {at}.")
-        if found.certificate is not None:
-            told += [found.certificate.sentence(), "Harm is measured against the saved model at full depth."]
-        return told + ([found.reason] if found.reason else [])
+        harm = ["Harm is measured against the saved model at full depth."] if found.certificate is not None else []
+        return told + found.sentences() + harm
 
 
 def export_saved(
@@ -79,6 +78,7 @@ def export_saved(
     int8: bool = False,
     calib: str | Path | None = None,
     keep_refused: bool = False,
+    columns: Mapping[str, str] | None = None,
 ) -> Handed:
     """Export a saved model; with calibration rows, choose its threshold anew on what the export says.
 
@@ -93,13 +93,14 @@ def export_saved(
         calib: Labelled rows that chose nothing else; of a folder its calib split. The threshold is chosen at the
             cost, the risk, or both, that the model was made for.
         keep_refused: Write it, never leaving early, although that does not hold.
+        columns: Names of the columns of `calib`, where they are others; see `retouch.slim.data.read`.
 
     Raises:
         UserError: As `export`, or rows and model do not fit each other.
         BoundRefused: The export does not hold what the model was made for.
     """
     classifier, record = open_classifier(model), _record(model, calib)
-    rows = [] if calib is None else calibration_rows(calib, record)
+    rows = [] if calib is None else calibration_rows(calib, record, columns)
     asked = _asked(record) if rows else None
     network, leaves = classifier.network, record.get("leaves")
     whole = asked is None and bool((record.get("threshold") or {}).get("certificate"))

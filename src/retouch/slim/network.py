@@ -11,7 +11,7 @@ from ._classifier import Levels, SlimForSequenceClassification, SlimOutput
 from ._config import SlimConfig
 from ._families import Factors, Parts
 from ._originals import from_classifier, from_encoder, with_exits
-from ._saved import open_slim, prove, save
+from ._saved import network_of, open_slim, plain_config, prove, save
 
 __all__ = [
     "Factors",
@@ -22,7 +22,9 @@ __all__ = [
     "SlimOutput",
     "from_classifier",
     "from_encoder",
+    "network_of",
     "open_slim",
+    "plain_config",
     "prove",
     "save",
     "with_exits",

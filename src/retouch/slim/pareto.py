@@ -303,7 +303,7 @@ def _against_flops(found: Mapping[str, Record]) -> Picture:
 def _title(found: Mapping[str, Record]) -> str:
     name, one = next(iter(found.items()))
     at = operating(one)[_CHOSEN]
-    kept = f", {at.quality_kept:.1%} of the original's" if one["quality_base"] else ""
+    kept = f", {at.quality_kept:.1%} of the original's" if one["quality_base"] > 0 else ""
     return f"At {_times(at.flops_ratio)} of the FLOPs, {name} reaches {shown(at.quality, 3)}{kept}."
 
 

@@ -31,7 +31,7 @@ class Point:
     Attributes:
         threshold: At which rows leave.
         quality: By the task's metric.
-        quality_kept: Of the original's quality, as a share; 0 where that is 0.
+        quality_kept: Of the original's quality, as a share; 0 where that is not above 0.
         flops_ratio: Total FLOPs over the original's.
         exit_layer: Mean number of blocks that ran.
         leaves: Share of the examples that left after each asked block.
@@ -84,7 +84,7 @@ def curve(
         Point(
             float(threshold),
             found := quality(metric, answered[:, i], table.labels, table.classes if table.classes > 1 else None),
-            found / base if base else 0.0,
+            found / base if base > 0 else 0.0,
             float(share[i]),
             float(where[:, i].mean() + 1),
             {l: float((where[:, i] == l).mean()) for l in exits},

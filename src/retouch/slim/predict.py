@@ -30,11 +30,13 @@ class Classifier:
         network: In eval mode.
         tokenizer: Its fast tokenizer.
         max_tokens: Longer texts are cut.
+        pairs: Whether it was trained on pairs of texts; None where that is not known.
     """
 
     network: SlimForSequenceClassification
     tokenizer: Any
     max_tokens: int = 128
+    pairs: bool | None = None
 
     def predict(self, texts: Iterable[Text], batch_size: int = 32, ahead: int = 8) -> Iterator[Prediction]:
         """Answer texts, or pairs of texts, in their order. Reads as far ahead as it needs and no further.
@@ -45,7 +47,8 @@ class Classifier:
             ahead: So many batches are read at once and sorted by length among themselves, which saves padding.
 
         Raises:
-            UserError: It is one text and no list; or, as it comes, a text is empty or texts and pairs are mixed.
+            UserError: It is one text and no list; or, as it comes, a text is empty, texts and pairs are mixed, or the
+                model was trained on the other kind.
         """
         if batch_size < 1 or ahead < 1:
             raise UserError(f"batch_size and ahead must be at least 1; got {batch_size} and {ahead}.")
@@ -56,8 +59,17 @@ class Classifier:
         n_done = 0
         while window := list(itertools.islice(texts, batch_size * ahead)):
             check_texts(window, n_done)
+            self._check_kind(window[0], n_done + 1)
             yield from self._window([_example(text) for text in window], batch_size)
             n_done += len(window)
+
+    def _check_kind(self, text: Text, number: int) -> None:
+        pair = not isinstance(text, str)
+        if self.pairs is not None and pair != self.pairs:
+            got, wanted = ("a pair", "single texts") if pair else ("a single text", "pairs of texts")
+            raise UserError(
+                f"Text {number} is {got}, and this model was trained on {wanted}. In a line a tab makes a pair of two."
+            )
 
     def _window(self, examples: list[Example], batch_size: int) -> list[Prediction]:
         types = self.network.size.token_types
@@ -111,5 +123,6 @@ def open_classifier(folder: str | Path, *, max_tokens: int | None = None) -> Cla
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder} has no tokenizer that can be opened: {str(error).splitlines()[0]}") from error
     record = Path(folder) / "retouch.json"
-    trained = store.read_json(record).get("max_tokens") if record.is_file() else None
-    return Classifier(network, tokenizer, max_tokens or trained or 128)
+    says = store.read_json(record) if record.is_file() else {}
+    pairs = says.get("task", {}).get("pairs")
+    return Classifier(network, tokenizer, max_tokens or says.get("max_tokens") or 128, pairs)

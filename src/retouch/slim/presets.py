@@ -107,6 +107,9 @@ class TrainingSettings(Settings):
     clip: float = setting(1.0, "Longest gradient.", gt=0)
     pooling: Literal["auto", "first", "mean"] = setting("auto", "What an exit reads; auto: as the opened model pools.")
     precision: Literal["auto", "float32", "bfloat16"] = setting("auto", "auto: bfloat16 on a GPU, else float32.")
+    hidden_mib: int = setting(
+        2048, "Memory for the teacher's hidden states, computed once; where they need more, at every step.", ge=0
+    )
     save_every: int = setting(500, "Steps between two saved states, which are resumed from; 0: none.", ge=0)
 
 
@@ -183,7 +186,7 @@ def _fast(share: float) -> Stages:
         slenderise=Stage("slenderise", 3e-5, tokens=400_000, hidden=True, answers="exits", growth=1.12,
                          hidden_share=share, **half),
         recover_hidden=Stage("recover_hidden", 2e-4, tokens=200_000, hidden=True, **half),
-        recover=Stage("recover", 1e-4, tokens=700_000, hidden=True, answers="exits", choose="best", **half),
+        recover=Stage("recover", 1e-4, tokens=3_000_000, hidden=True, answers="exits", choose="best", **half),
         raw_assistant=False, n_cuts=5, score_examples=None, score_tokens=20_000, n_checks=5,
     )  # fmt: skip
 

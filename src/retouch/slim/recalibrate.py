@@ -36,6 +36,7 @@ def recalibrated(
     flops: str | float | None = None,
     max_harm: str | float | None = None,
     exiting: Exiting | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> Slim:
     """Choose a saved model's threshold anew.
 
@@ -48,6 +49,7 @@ def recalibrated(
         flops: Most FLOPs on average, as a share of the original's.
         max_harm: Largest certified harm.
         exiting: How harm is certified. The rule and the exits that are asked stay as saved.
+        columns: Names of the columns, where they are others; see `retouch.slim.data.read`.
 
     Raises:
         UserError: Nothing is asked, rows and model do not fit each other, or another rule is asked for.
@@ -57,7 +59,7 @@ def recalibrated(
         raise UserError("--recalibrate needs --flops, --max-harm, or both: there is nothing to choose a threshold by.")
     classifier, ask, record = open_classifier(folder), exiting or Exiting(), saved_record(folder)
     budget, rule = _budget(record, flops, max_harm), _rule(classifier.network.config, ask)
-    rows = calibration_rows(calib, record)
+    rows = calibration_rows(calib, record, columns)
     table = table_of(classifier, rows)
     found = choose(
         table,
@@ -89,17 +91,23 @@ def saved_record(folder: str | Path) -> dict[str, Any]:
     return record
 
 
-def calibration_rows(calib: str | Path, record: Mapping[str, Any]) -> list[Example]:
+def calibration_rows(
+    calib: str | Path, record: Mapping[str, Any], columns: Mapping[str, str] | None = None
+) -> list[Example]:
     """Read rows that may choose a threshold of a saved model.
 
     Args:
         calib: A file; or a folder or data set, whose calib split is read.
         record: What `saved_record` returned.
+        columns: See `retouch.slim.data.read`.
 
     Raises:
-        UserError: A label is not one of the model's, or the model was trained, chosen or measured on these rows.
+        UserError: The model was trained on the other kind of single texts and pairs, a label is not one of the model's, or the model was trained, chosen or measured on these rows.
     """
-    rows, task = read(calib, "calib"), record["task"]
+    rows, task = read(calib, "calib", columns), record["task"]
+    if (pair := rows[0].pair is not None) != task.get("pairs", pair):
+        kinds = "single texts", "pairs of texts"
+        raise UserError(f"{calib} holds {kinds[pair]}, and the model was trained on {kinds[not pair]}.")
     found = _labelled(rows, task["labels"])
     recipe, same = task.get("recipe", {}), digest(found)
     for split in ("train", "valid", "test"):

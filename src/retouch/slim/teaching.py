@@ -1,8 +1,9 @@
 """What a network learns in one step, who teaches it, and how good its exits are.
 
 A `Lesson` is the student with its loss, one module, so that gradients of several processes are joined where it is
-wrapped. A teacher's logits are computed once and looked up by the example's number; its hidden states are computed again
-for each batch, since they would not fit anywhere.
+wrapped. A teacher's logits are computed once and looked up by the example's number; so are its hidden states where they
+fit into memory, since a teacher of full size costs several times what a slender student does. Otherwise they are
+computed again for each batch.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..progress import track
 from .data import quality
 from .encoded import Encoded, collate, order
 from .losses import assistant_loss, exit_loss, hard_loss, hidden_loss, targets
@@ -23,9 +25,13 @@ from .presets import Stage
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from .base import Size
     from .network import Levels, SlimForSequenceClassification
 
-__all__ = ["Lesson", "Spoken", "Teacher", "answers", "inputs_of", "numbered", "qualities", "resting"]
+__all__ = [
+    "Hidden", "Lesson", "Spoken", "Teacher", "answers", "hidden_bytes", "hidden_states", "inputs_of", "numbered",
+    "qualities", "resting",
+]  # fmt: skip
 
 Batch = Mapping[str, Tensor]
 
@@ -43,6 +49,31 @@ def numbered(encoded: Encoded, rows: Sequence[int], device: torch.device) -> dic
 
 
 @dataclass(frozen=True, eq=False)
+class Hidden:
+    """A teacher's hidden states at the real tokens of all training examples, one example after another.
+
+    Attributes:
+        states: (tokens of all examples, levels, d_model) float16, on the CPU.
+        starts: Where each example begins, (examples,).
+    """
+
+    states: Tensor
+    starts: Tensor
+
+    def of(self, index: Tensor, mask: Tensor) -> list[Tensor]:
+        """Return a batch's states by level, each (batch, tokens, d_model) float32; at padding, whatever stands there.
+
+        Args:
+            index: The examples' numbers, (batch,).
+            mask: 1 at real tokens, which come first, (batch, tokens).
+        """
+        tokens = torch.arange(mask.shape[1])
+        last = mask.sum(1, keepdim=True).cpu() - 1
+        places = self.starts[index.cpu()].unsqueeze(1) + torch.minimum(tokens, last)
+        return list(self.states[places].to(mask.device).float().unbind(2))
+
+
+@dataclass(frozen=True, eq=False)
 class Teacher:
     """A network that does not learn, and what it answers to the training examples.
 
@@ -50,11 +81,13 @@ class Teacher:
         network: In eval mode.
         logits: By block with an exit, (examples, classes); empty where nothing is learnt from its answers.
         original: Of the original's last exit, (examples, classes), where harm against it is watched.
+        hidden: Its states at the levels that the stage compares; None: they are computed batch by batch.
     """
 
     network: SlimForSequenceClassification | None
     logits: Mapping[int, Tensor]
     original: Tensor | None = None
+    hidden: Hidden | None = None
 
 
 class Lesson(nn.Module):
@@ -99,12 +132,15 @@ class Lesson(nn.Module):
         return loss, harm
 
     def _hidden(self, seen: Levels, batch: Batch) -> Tensor:
-        network = self._teacher[0].network
-        assert network is not None
-        with torch.no_grad():
-            shown = network.levels(**inputs_of(batch), exits=())
+        teacher, mask = self._teacher[0], batch["attention_mask"]
         levels = self.stage.levels(self.student.size.blocks)
-        return hidden_loss(seen.hidden, shown.hidden, batch["attention_mask"], levels)
+        if teacher.hidden is not None:
+            own = seen.hidden if levels is None else [seen.hidden[i] for i in levels]
+            return hidden_loss(own, teacher.hidden.of(batch["index"], mask), mask)
+        assert teacher.network is not None
+        with torch.no_grad():
+            shown = teacher.network.levels(**inputs_of(batch), exits=())
+        return hidden_loss(seen.hidden, shown.hidden, mask, levels)
 
     def _answers(self, seen: Levels, batch: Batch, y: Tensor) -> Tensor | None:
         task, how = self.student.config.task, self.stage.answers
@@ -184,6 +220,44 @@ def answers(
                 found[block][batch["index"]] = z.float()
     # each row is filled by one process and 0 elsewhere, so the sum is exact
     return {block: cast(Tensor, accelerator.reduce(z, "sum")).cpu() for block, z in found.items()}
+
+
+def hidden_bytes(size: Size, encoded: Encoded, levels: Sequence[int] | None) -> int:
+    """Return what `hidden_states` would take."""
+    n_levels = size.blocks + 1 if levels is None else len(levels)
+    return 2 * sum(encoded.lengths) * n_levels * size.d_model
+
+
+def hidden_states(
+    accelerator: Accelerator,
+    network: SlimForSequenceClassification,
+    encoded: Encoded,
+    levels: Sequence[int] | None,
+    batch_size: int = 64,
+) -> Hidden:
+    """Compute a teacher's hidden states once, in one pass; every process does so for itself.
+
+    Args:
+        accelerator: Where it runs.
+        network: The teacher.
+        encoded: The training examples.
+        levels: Places in ``x, h_0 ..``; None takes all.
+        batch_size: Examples at a time, of similar length.
+    """
+    network.to(accelerator.device)
+    which = range(network.size.blocks + 1) if levels is None else levels
+    lengths = torch.tensor(encoded.lengths)
+    starts = lengths.cumsum(0) - lengths
+    states = torch.empty(int(lengths.sum()), len(which), network.size.d_model, dtype=torch.float16)
+    with resting(network), torch.no_grad(), accelerator.autocast():
+        for rows in track(order(encoded, batch_size, seed=None), "Teacher's hidden states"):
+            batch = numbered(encoded, rows, accelerator.device)
+            seen = network.levels(**inputs_of(batch), exits=()).hidden
+            shown = torch.stack([seen[level] for level in which], 2)[batch["attention_mask"].bool()]
+            begin = starts[rows]
+            places = torch.cat([torch.arange(b, b + encoded.lengths[row]) for b, row in zip(begin.tolist(), rows)])
+            states[places] = shown.half().cpu()
+    return Hidden(states, starts)
 
 
 def qualities(logits: Mapping[int, Tensor], labels: Any, metric: str) -> dict[int, float]:

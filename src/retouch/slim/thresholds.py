@@ -81,6 +81,17 @@ class Threshold:
         if not self.reachable:
             raise BoundRefused(self.reason or "No threshold does what was asked.")
 
+    def sentences(self) -> list[str]:
+        """Say what is proved and what is lacking.
+
+        A certificate that fails is told where it is why there is no threshold. A threshold at which nobody leaves needs
+        none: it harms nobody.
+        """
+        reason = self.reason or ""
+        proofs = [p for p in self._proofs().values() if p is not None and (p.holds or not self.reachable)]
+        said = [p.sentence() for p in proofs]
+        return [*(s for s in said if s not in reason), *filter(None, [reason])]
+
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values that JSON can hold."""
         plain = {k: v for k, v in asdict(self).items() if k not in ("certificate", "cost_certificate")}

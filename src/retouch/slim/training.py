@@ -21,20 +21,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .. import checkpoint
 from ..bound import Multiplier
 from ..errors import RetouchError
 from ..progress import report
-from . import checkpoint
 from .base import Widths
 from .encoded import Encoded, endless
+from .network import SlimForSequenceClassification, network_of, plain_config
 from .presets import Stage, TrainingSettings
 from .schedule import Cycle, Timetable
 from .teaching import Lesson, Teacher, numbered
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-    from .network import SlimForSequenceClassification
 
 __all__ = ["Course", "Position", "train"]
 
@@ -290,11 +289,11 @@ class _Training:
             **checkpoint.under("network", self.network.state_dict()),
             **checkpoint.under("moments", checkpoint.moments(self.optimizer, self.network.named_parameters())),
             **checkpoint.under("best", self.best),
-            **checkpoint.generators(self.accelerator),
+            **checkpoint.under("generator", self._generators()),
         }
         facts = {
             "processes": self.accelerator.num_processes,
-            "config": checkpoint.plain_config(self.network),
+            "config": plain_config(self.network),
             "position": asdict(self.at),
             "price": None if self.course.price is None else [self.course.price.value, self.course.price.smoothed],
         }
@@ -303,8 +302,7 @@ class _Training:
         self.accelerator.wait_for_everyone()
 
     def _resume(self) -> bool:
-        found = None if self.saved is None else checkpoint.load(self.saved)
-        if found is None:
+        if (found := checkpoint.load(self.saved)) is None:
             return False
         tensors, facts = found
         if facts["processes"] != self.accelerator.num_processes:
@@ -313,7 +311,7 @@ class _Training:
                 self.course.stage.name, facts["processes"], self.accelerator.num_processes,
             )  # fmt: skip
             return False
-        self._wrap(checkpoint.network_of(facts["config"], checkpoint.select("network", tensors)))
+        self._wrap(network_of(facts["config"], checkpoint.select("network", tensors)))
         moments = checkpoint.select("moments", tensors)
         checkpoint.restore_moments(self.optimizer, self.network.named_parameters(), moments)
         self.best = checkpoint.select("best", tensors)
@@ -321,5 +319,13 @@ class _Training:
         if self.course.price is not None:
             self.course.price.value, self.course.price.smoothed = facts["price"]
         self.rows = self._rows(self.at.step)
-        checkpoint.restore_generators(self.accelerator, tensors)  # last: building a network draws numbers
+        rows = checkpoint.select("generator", tensors)  # last: building a network draws numbers
+        own = {name: row[self.accelerator.process_index] for name, row in rows.items()}
+        checkpoint.restore_generators(self.accelerator.device, own)
         return True
+
+    def _generators(self) -> dict[str, Tensor]:
+        """Return the states of all processes' generators, a row of bytes for each."""
+        device = self.accelerator.device
+        own = checkpoint.generators(device)
+        return {name: self.accelerator.gather(state.to(device)[None]).cpu() for name, state in own.items()}

@@ -217,9 +217,9 @@ def _plans() -> str:
     """Say what budgets become, for the bundled encoder and for the one of the paper."""
     from retouch.slim.base import Size
 
-    sizes = {
-        "minilm, texts of 32 tokens": (Size(6, 384, 12, 1536, 30522, 512, 2, 2), 32),
-        "bert-base, texts of 128 tokens": (Size(12, 768, 12, 3072, 30522, 512, 2, 2), 128),
+    sizes = {  # of bare encoders, which are fine-tuned without a pooler
+        "minilm, texts of 32 tokens": (Size(6, 384, 12, 1536, 30522, 512, 2, 2, pooler=False), 32),
+        "bert-base, texts of 128 tokens": (Size(12, 768, 12, 3072, 30522, 512, 2, 2, pooler=False), 128),
     }
     lines = ["| | `--params` | `--flops` | heads, d_ff, rank | parameters | FLOPs, all blocks | mean depth |"]
     lines.append("| --- | --- | --- | --- | ---: | ---: | ---: |")

@@ -242,18 +242,17 @@ def _paint_curve(figure: Any, x: list[float], curves: Mapping[str, list[float]],
         style = {"color": COLOURS[i % 6], "linestyle": DASHES[i % 4], "marker": MARKS[i % 6]}
         lines += axes.plot(x, values, **style, linewidth=2, markersize=5, markevery=max(1, len(x) // 12))
     finite = [v for values in curves.values() for v in values if not math.isnan(v)]
-    unit = ""
-    if min(finite) > 0 and max(finite) > 1000 * min(finite):
+    if log := min(finite) > 0 and max(finite) > 1000 * min(finite):
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(lambda value, _: shown(float(value), 3))
         axes.yaxis.set_minor_formatter(lambda value, _: "")
-        unit = " (logarithmic)"
     if min(x) > 0 and max(x) >= 100 * min(x) and len({round(b - a, 9) for a, b in pairwise(x)}) > 1:
         log_x(axes, min(x) / 1.2, max(x) * 1.2)
         labels = (labels[0] + " (logarithmic)", labels[1])
+    elif all(map(float.is_integer, x)):  # blocks and edits have no halves
+        axes.xaxis.set_major_locator(need("matplotlib.ticker").MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
     axes.grid(axis="y")
-    axes.set_xlabel(labels[0])
-    axes.set_ylabel(labels[1] + unit)
+    axes.set(xlabel=labels[0], ylabel=labels[1] + " (logarithmic)" * log)
     if len(curves) > 1:
         legend(axes, lines, list(curves), columns=3)
 
@@ -326,7 +325,7 @@ def _bar_scale(axes: Any, values: Any, width: float) -> None:
 def plot_heat(
     names: Sequence[str], values: Sequence[Sequence[float]], xlabel: str, title: str, caption: str
 ) -> Picture:
-    """Draw a row of colours for each name: blue above 0, red below; columns are counted from 0.
+    """Draw a row of colours for each name: blue above 0, orange below; columns are counted from 0.
 
     Raises:
         ValueError: There is no number, one is not finite, or there are not as many rows as names, all of one length.
@@ -335,7 +334,7 @@ def plot_heat(
     top = max((abs(v) for row in values for v in row), default=math.nan)
     if len(names) != len(values) or len({len(row) for row in values}) != 1 or not math.isfinite(top):
         raise ValueError(f"A heat map needs finite rows of one length, one a name; got {len(names)} names.")
-    caption = f"{caption} Full colour: {shown(float(top), 3)}; blue is positive, red negative."
+    caption = f"{caption} Full colour: {shown(float(top), 3)}; blue is positive, orange negative."
     rows = [[float(v) / (top or 1.0) for v in row] for row in values]
     return draw(
         title, caption, 22 * len(rows) + 70, lambda f: _paint_heat(f, [short(n, 24) for n in names], rows, xlabel)

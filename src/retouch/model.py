@@ -7,7 +7,9 @@ beside, for saving.
 from __future__ import annotations
 
 import copy
+import difflib
 import json
+import logging
 import struct
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +23,7 @@ from . import _bundled, store, tokens
 from . import anatomy as anatomies
 from ._bundled import BUNDLED, Bundled
 from .anatomy import Anatomy
-from .errors import ModelError, UnknownName
+from .errors import ModelError, UnknownName, unknown
 from .progress import report, track
 
 if TYPE_CHECKING:
@@ -204,7 +206,10 @@ def open_model(source: str | Path, *, device: str | None = None) -> Model:
     if path.is_dir() and name.strip():
         return _open_folder(path, name, device)
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or not name.strip():
-        raise UnknownName(f"There is no model folder {name!r}. Give a folder, a .gguf file, a hub id or {_names()}.")
+        what = f"{name!r} is a file of another kind" if path.is_file() else f"There is no model folder {name!r}"
+        raise UnknownName(f"{what}. Give a folder, a .gguf file, a hub id or a bundled name ({', '.join(BUNDLED)}).")
+    if difflib.get_close_matches(name, BUNDLED, 1, 0.8):
+        raise unknown("bundled model", name, BUNDLED)  # at once, not after half a minute of asking the hub
     return _load(name, name, device)
 
 
@@ -241,10 +246,6 @@ def wrap(network: nn.Module, tokenizer: Any, source: str = "a network in memory"
     ids = torch.tensor([[1 % config.vocab_size, 2 % config.vocab_size, 3 % config.vocab_size, 5 % config.vocab_size]])
     anatomies.prove(anatomy, network, ids.to(next(network.parameters()).device))
     return Model(network, tokenizer, anatomy, source)
-
-
-def _names() -> str:
-    return "a bundled name (" + ", ".join(BUNDLED) + ")"
 
 
 def _open_gguf(digest: str, locate: Callable[[], Path], name: str, device: str | None) -> Model:
@@ -378,16 +379,19 @@ _quiet_lock = threading.RLock()
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers' own bars and advice off the user's screen; errors still come as exceptions."""
+    """Keep the bars and advice of transformers and the hub off the user's screen; errors still come as exceptions."""
     from transformers.utils import logging as hf
 
+    hub = logging.getLogger("huggingface_hub")
     with _quiet_lock:
-        level, bars = hf.get_verbosity(), hf.is_progress_bar_enabled()
+        level, bars, hub_level = hf.get_verbosity(), hf.is_progress_bar_enabled(), hub.level
         hf.set_verbosity_error()
+        hub.setLevel(logging.ERROR)
         hf.disable_progress_bar()
         try:
             yield
         finally:
             hf.set_verbosity(level)
+            hub.setLevel(hub_level)
             if bars:
                 hf.enable_progress_bar()

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 from . import store
 from ._pictures import Picture, clean, need, shown
 from ._plots import plot_bars, plot_curve, plot_drift, plot_ranks, plot_where
+from ._sheet import Sheet, numeric
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+    from rich.console import RenderableType
 
 __all__ = [
     "Picture",
@@ -41,8 +42,6 @@ __all__ = [
 ]
 
 FORMAT = 1
-_WORD = 14
-"""A column of text that had to be narrower than this, in characters, turns a table of the terminal into blocks."""
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~$&])")
 
 
@@ -156,7 +155,7 @@ def to_terminal(report: Report) -> RenderableType:
 
     parts: list[Any] = [Text(clean(report.title), "bold"), Text(clean(report.summary))]
     parts.append(Text.assemble(("model ", "dim"), clean(report.model)))
-    parts += [_Sheet(table) for table in report.tables]
+    parts += [part for table in report.tables for part in _drawn(table)]
     for heading, lines in (("Seen", [p.title for p in report.pictures]), ("Notes", report.notes)):
         if lines:
             parts += [Text(), Text(heading, "bold"), *(Text("- " + clean(line)) for line in lines)]
@@ -166,65 +165,11 @@ def to_terminal(report: Report) -> RenderableType:
     return Group(*parts)
 
 
-@dataclass(frozen=True)
-class _Sheet:
-    """A table that takes another shape where the console is narrow."""
+def _drawn(table: Table) -> list[Any]:
+    from rich.text import Text
 
-    table: Table
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        from rich.measure import Measurement
-        from rich.text import Text
-
-        yield Text()
-        yield Text(clean(self.table.title), "bold")
-        grid = self._grid()
-        free = options.update(max_width=1_000_000)  # a measure never says more than the console has
-        fits = Measurement.get(console, free, grid).minimum <= options.max_width
-        yield from [grid] if fits else self._records()
-        if self.table.caption:
-            yield Text(clean(self.table.caption), "dim")
-
-    def _grid(self) -> Any:
-        from rich import box
-        from rich.cells import cell_len
-        from rich.table import Table as Grid
-        from rich.text import Text
-
-        grid = Grid(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
-        for i, (name, numeric) in enumerate(zip(self.table.columns, _numeric(self.table))):
-            widest = max((cell_len(shown(row[i])) for row in self.table.rows), default=0)
-            word = max(map(cell_len, clean(name).split()), default=0)
-            least = max(word, widest if numeric else min(widest, _WORD))
-            justify: Any = "right" if numeric else "left"
-            grid.add_column(Text(clean(name)), justify=justify, overflow="fold", min_width=least)
-        for row in self.table.rows:
-            grid.add_row(*(Text(shown(cell)) for cell in row))
-        return grid
-
-    def _records(self) -> list[Any]:
-        from rich.text import Text
-
-        lines = []
-        for row in self.table.rows:
-            first, *rest = (Text(shown(cell), overflow="fold") for cell in row)
-            lines.append(
-                Text.assemble((clean(self.table.columns[0]) + " ", "dim"), first, style="bold", overflow="fold")
-            )
-            for name, cell in zip(self.table.columns[1:], rest):
-                lines.append(Text.assemble(("  " + clean(name) + " ", "dim"), cell, overflow="fold"))
-        return lines
-
-
-def _numeric(table: Table) -> list[bool]:
-    """Tell which columns hold numbers only, to set them flush right."""
-    columns = zip(*table.rows) if table.rows else [() for _ in table.columns]
-    return [any(map(_is_number, cells)) and all(c is None or _is_number(c) for c in cells) for cells in columns]
-
-
-def _is_number(cell: Any) -> bool:
-    value = cell.tolist() if hasattr(cell, "tolist") else cell
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    parts: list[Any] = [Text(), Text(clean(table.title), "bold"), Sheet(table.columns, table.rows)]
+    return [*parts, Text(clean(table.caption), "dim")] if table.caption else parts
 
 
 def to_html(report: Report) -> str:
@@ -257,7 +202,7 @@ def _page_table(table: Table) -> dict[str, Any]:
         "title": clean(table.title),
         "caption": clean(table.caption),
         "columns": [clean(name) for name in table.columns],
-        "numeric": _numeric(table),
+        "numeric": numeric(table.columns, table.rows),
         "rows": [[shown(cell) for cell in row] for row in table.rows],
     }
 
@@ -277,7 +222,7 @@ def write_html(report: Report, path: str | Path) -> None:
         StoreError: The file cannot be written.
     """
     data = to_html(report).encode("utf-8")
-    with store._new_file(path, len(data)) as new:
+    with store.new_file(path, len(data)) as new:
         new.write_bytes(data)
 
 
@@ -304,7 +249,7 @@ def model_card(report: Report) -> str:
 
 def mark_table(table: Table) -> list[str]:
     """Write a table as lines of Markdown."""
-    rules = ["---:" if numeric else "---" for numeric in _numeric(table)]
+    rules = ["---:" if right else "---" for right in numeric(table.columns, table.rows)]
     rows = [[mark(name) for name in table.columns], rules]
     rows += [[mark(shown(cell)) for cell in row] for row in table.rows]
     return ["| " + " | ".join(row) + " |" for row in rows]

@@ -158,13 +158,16 @@ class Router:
 
         Shapes: all (texts, tokens).
         """
-        found = self._tokenizer.encode_batch(list(texts))
-        shape = len(found), max((len(row.ids) for row in found), default=0)
-        ids, mask, types = np.full(shape, self.exits.pad), np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-        for i, row in enumerate(found):
+        return self._padded(self._tokenizer.encode_batch(list(texts)))
+
+    def _padded(self, rows: Sequence[Any]) -> tuple[Ints, Ints, Ints]:
+        shape = len(rows), max((len(row.ids) for row in rows), default=0)
+        ids = np.full(shape, self.exits.pad, np.int64)
+        mask, types = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        for i, row in enumerate(rows):
             n_tokens = len(row.ids)
             ids[i, :n_tokens], mask[i, :n_tokens], types[i, :n_tokens] = row.ids, 1, row.type_ids
-        return ids.astype(np.int64), mask, types
+        return ids, mask, types
 
     def predict(self, texts: Sequence[Text], batch_size: int = 32) -> list[Prediction]:
         """Answer texts, or pairs of texts; similar lengths share a batch, and the order is kept.
@@ -176,12 +179,12 @@ class Router:
             raise UserError(f"batch_size must be at least 1; got {batch_size}.")
         refuse_bare(texts)
         check_texts(texts)
-        ids, mask, types = self.encode(texts)
-        order = np.argsort(mask.sum(axis=1), kind="stable")
+        rows = self._tokenizer.encode_batch(list(texts))
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
         found: dict[int, Prediction] = {}
         for start in range(0, len(order), batch_size):
             part = order[start : start + batch_size]
-            found.update(zip(part.tolist(), self._named(self.answer(ids[part], mask[part], types[part]))))
+            found.update(zip(part, self._named(self.answer(*self._padded([rows[i] for i in part])))))
         return [found[i] for i in range(len(order))]
 
     def _named(self, answers: Answers) -> list[Prediction]:

@@ -182,7 +182,7 @@ def test_edit_json(done, base, tmp_path):
 def test_every_method_is_a_command(done, base, tmp_path, method):
     name = method.replace("_", "-")
     out = tmp_path / name
-    assert f"1 facts by {name}" in done("edit", base, *FACT, "--method", name, "--seed", 1, "-o", out).out
+    assert f"1 fact by {name}" in done("edit", base, *FACT, "--method", name, "--seed", 1, "-o", out).out
     record = done("show", out, "--json").json
     assert (record["method"], record["settings"]["seed"]) == (method, 1)
     (effect,) = record["report"]["effect"]
@@ -270,7 +270,7 @@ def test_a_filled_prompt_and_a_setting_with_an_equals_sign(done, base, tmp_path)
         ((*FACT, "--method", "rose", "--blocks", "2"), "rose: blocks must ascend within 0 to 1; got [2]."),
         ((*FACT, "--method", "emmet", "--blocks", "0,1"), "emmet: blocks takes one block; got [0, 1]."),
         ((*FACT, "--method", "rets", "--block", "2"), "rets: this model has blocks 0 to 1; got 2."),
-        ((*FACT, "--method", "rets", "--constraints", "no.txt"), "'no.txt' cannot be read: No such file"),
+        ((*FACT, "--method", "rets", "--constraints", "no.txt"), "there is no file 'no.txt'"),
         ((*FACT, "--method", "top", "--blocks", "1"), "top: blocks must ascend within 0 to 0"),
         ((*FACT, "--method", "top", "--offset", "5"), "top: offset must lead to a later block of this model (0 to 1)"),
         (
@@ -502,7 +502,7 @@ def test_a_folder_without_a_model_says_so(refused, tmp_path):
 def test_apply_log_and_undo_bring_the_unchanged_weights_back(done, base, change, tmp_path):
     out = tmp_path / "model"
     said = done("apply", base, change, "-o", out)
-    assert f"{out} carries 1 changes (the new one is number 1)." in said.out
+    assert f"{out} carries 1 change (the new one is number 1)." in said.out
     assert f"Undo it: retouch undo {out} 1" in said.out
     assert not equal(weights(out), weights(base))
     lines = done("log", out).out
@@ -713,8 +713,45 @@ def test_what_is_no_change_is_named(refused, base, facts, tmp_path):
     assert not (tmp_path / "m").exists()
 
 
+def test_changes_that_a_folder_carries_are_not_dropped(refused, done, base, carrying, tmp_path):
+    other = plan(base, tmp_path / "other", learning_rate=0.02)
+    shutil.copytree(carrying, folder := tmp_path / "model")
+    says = refused("apply", base, other, "-o", folder)
+    assert "carries changes" in says and "would be lost" in says and f"retouch apply {folder}" in says
+    before = done("log", folder, "--json").json
+    done("apply", folder, other, "-o", folder)
+    assert len(done("log", folder, "--json").json["changes"]) == len(before["changes"]) + 1
+
+
+def test_show_tells_what_was_measured_and_edit_what_is_unsure(done, base, change, tmp_path):
+    assert "probability before" in done("show", change).out
+    quick = ("--method", "ft-m", "--n-steps", "1", "--learning-rate", "0.0001")
+    said = done("edit", base, *FACT, *quick, "-o", out := tmp_path / "a change")
+    assert "note: 1 of 1 new answer stayed below a probability of 0.5" in said.out
+    assert f'--change "{out}"' in said.out
+
+
+def test_a_slip_is_told_at_once_and_once(refused, retouch):
+    assert "Did you mean 'smollm2'?" in refused("ask", "smolm2", "x")
+    assert retouch("edti").err.count("Did you mean 'edit'?") == 1
+    said = retouch("--version")
+    assert (said.code, said.out) == (0, f"retouch {__version__}\n")
+
+
+def test_what_is_no_model_is_named(refused, base, facts, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "holds no model: it has no config.json" in refused("log", tmp_path / "empty")
+    assert "is a file of another kind" in refused("ask", facts, "x")
+    assert "more than" in refused("ask", base, "x", "--n-tokens", 100_000)
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(refused, base, change, facts):
+    assert "cannot be written" in refused("edit", base, *FACT, "-o", facts / "out")
+    assert "cannot be written" in refused("apply", base, change, "-o", facts / "out")
+
+
 def test_a_change_is_applied_once(refused, carrying, change, tmp_path):
-    says = refused("apply", carrying, change, "-o", tmp_path / "m", code=1)
+    says = refused("apply", carrying, change, "-o", tmp_path / "m")
     assert "is in force already, as number 1" in says
 
 
@@ -820,7 +857,7 @@ def test_show_of_a_model_says_that_it_is_no_change(refused, carrying):
 
 
 def test_diff_names_the_weight_that_differs(done, base, carrying):
-    assert "1 weights differ" in done("diff", base, carrying).out
+    assert "1 weight differs" in done("diff", base, carrying).out
     (row,) = done("diff", base, carrying, "--json").json["weights"]
     name = "model.layers.1.mlp.down_proj.weight"
     delta = (weights(carrying)[name] - weights(base)[name]).double()
@@ -1007,6 +1044,12 @@ def test_bench_of_a_sequence_shows_what_was_measured_last(done, base, facts, tmp
     assert json.loads(out.read_text())["curves"]
 
 
+def test_bench_of_a_sequence_refuses_what_it_would_not_do(refused, base, facts, tmp_path):
+    words = ("--suite", "sequential", "--data", facts, "--model", base, "--json", tmp_path / "b.json")
+    assert "--instructions, --rows: a sequence" in refused("bench", "edit", *words, "--rows", "--no-instructions")
+    assert "--chunk: a sequence" in refused("bench", "edit", *words, "--chunk", 4)
+
+
 def test_bench_without_facts_or_suite(refused, base, tmp_path):
     says = refused("bench", "edit", "--model", base, "--json", tmp_path / "b.json")
     assert "Name a file of facts with --data, or a suite with --suite" in says
@@ -1038,6 +1081,7 @@ def test_bench_of_facts_that_the_model_does_not_know(refused, base, tmp_path):
     path.write_text(json.dumps({"prompt": PROMPT, "subject": SUBJECT, "target": TARGET}))
     says = refused("bench", "edit", "--data", path, "--model", base, "--known", "--json", tmp_path / "b.json")
     assert "There are no facts to measure on." in says
+    assert "none of 1 is, and 1 have no true answer" in says
 
 
 # The frame

@@ -256,7 +256,7 @@ def test_train_leaves_alone_what_else_lies_in_its_work_folder(done, base, exampl
         (("prune", "BASE", "--ratio", 0.3, "--dtype", "int8", "--align", "none", "--score", "random"), "int8"),
         (("prune", "nowhere", "--ratio", 0.3), "nowhere"),
         (("train", "BASE", "--data", "none.jsonl"), "none.jsonl"),
-        (("train", "BASE", "--data", "DATA"), "cannot be read as text"),
+        (("train", "BASE", "--data", "DATA"), "is a folder. Name a file in it."),
         (("train", "BASE", "--data", "EXAMPLES", "--rank", 0), "rank must be"),
         (("train", "BASE", "--data", "EXAMPLES", "--rank", 999), "rank 999 is larger"),
         (("train", "BASE", "--data", "EXAMPLES", "--rnak", 2), "rank"),

@@ -307,6 +307,8 @@ def test_for_names_a_mistake(shop, tmp_path, monkeypatch, words, says):
 
 def test_a_user_without_a_history_cannot_be_asked_about(shop, tmp_path):
     empty = f"sqlite:{tmp_path / 'empty.db'}"
+    assert "There is no store at" in refused("for", shop.bundle, "--user", "u1", "--store", empty)
+    open_store(empty).close()
     says = refused("for", shop.bundle, "--user", "u1", "--store", empty, "--knowledge", "now")
     assert "The store knows no history of user 'u1'." in says
 

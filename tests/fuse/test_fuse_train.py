@@ -316,6 +316,14 @@ def test_divergence_is_an_error(tiny: Any) -> None:
 # ---------------------------------------------------------------- examples
 
 
+def test_a_file_that_is_no_text_is_named_with_its_byte(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"\xff\xfe{}")
+    with pytest.raises(FactError, match="is not UTF-8 text: byte 0"):
+        read_examples(tmp_path / "a.jsonl")
+    with pytest.raises(FactError, match=r"There is no file or folder .*b.jsonl.*Did you mean 'a.jsonl'"):
+        read_examples(tmp_path / "b.jsonl")
+
+
 def test_reading_examples(tmp_path: Path) -> None:
     lines, table = tmp_path / "a.jsonl", tmp_path / "a.tsv"
     lines.write_text(

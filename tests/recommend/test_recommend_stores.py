@@ -235,6 +235,9 @@ def test_a_store_that_is_down_says_so(tmp_path):
         open_store("mysql://somewhere")
     with pytest.raises(UserError, match="needs a path"):
         open_store("sqlite:")
+    with pytest.raises(UserError, match="There is no store at"):
+        open_store(f"sqlite:{tmp_path / 'slip.db'}", existing=True)
+    assert not (tmp_path / "slip.db").exists()
 
 
 _WRITER = """

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Annotated
 
 import typer
 
@@ -23,11 +24,30 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from .. import __version__
+
+        _show.say(f"retouch {__version__}")
+        raise typer.Exit
+
+
 for module in (edit, model, look, locate, slim):
     module.add_to(app)
 app.add_typer(bench.app, name="bench")
 app.add_typer(fuse.app, name="fuse")
 app.add_typer(recommend.app, name="recommend")
+
+
+@app.callback()
+def retouch(
+    version: Annotated[
+        bool, typer.Option("--version", help="Say which Retouch this is.", is_eager=True, callback=_version)
+    ] = False,
+) -> None:
+    """Change a trained language model after its training, and prove what else changed."""
 
 
 def main() -> None:
@@ -42,6 +62,8 @@ def main() -> None:
     except RetouchError as error:
         _fail(str(error), error.exit_code)
     except click.ClickException as error:
+        if getattr(error, "possibilities", None):  # Typer adds to the message what click 8.4 adds on its own
+            vars(error)["message"] = error.message.partition(" Did you mean")[0]
         error.show()
         sys.exit(2)
     except (KeyboardInterrupt, click.exceptions.Abort):

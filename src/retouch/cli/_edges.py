@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import socket
+import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import _show
+from . import _options, _show
 from ._settings import EXTRA, method_of
 
 if TYPE_CHECKING:
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
 
 __all__ = ["add_to"]
 
-_JSON = Annotated[bool, typer.Option("--json", help="Results for programs.")]
 _METHOD = Annotated[str, typer.Option(help="How adapters are fused; settings behind colons: tsv:lam=1.5.")]
 _HOW = Annotated[str, typer.Option("--run", help="Settings of the run: quorum=0.5:deadline_s=600:score=wanda.")]
 _SHARE = Annotated[str, typer.Option("--share", help="What edges let out: loss=true:count=bucket:privacy=local-dp.")]
@@ -59,7 +60,7 @@ def simulate(
     out: Annotated[Path, typer.Option("-o", "--out", help="The run's folder; a run that was stopped goes on.")] = Path(
         "edges"
     ),
-    json_: _JSON = False,
+    json_: _options.Json = False,
 ) -> None:
     """Prune, train, recover and fuse with all edges on this machine. Training settings are flags: --rank 8 --epochs 3 …
 
@@ -120,7 +121,7 @@ def keys(
     folder: Annotated[Path, typer.Option(help="To revoke: the folder of `fuse serve`.")] = Path("cloud"),
     days: Annotated[int, typer.Option(help="How long certificates are valid.")] = 90,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder; what is there already stays.")] = Path("keys"),
-    json_: _JSON = False,
+    json_: _options.Json = False,
 ) -> None:
     """Make keys and certificates for the cloud and for each edge that may join, or revoke an edge's key.
 
@@ -171,7 +172,7 @@ def serve(
         str, typer.Option(help="Address to listen on for edges; runs and keys are taken from this machine alone.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
-    key_folder: Annotated[Path | None, typer.Option("--keys", help="Folder cloud that `fuse keys` made.")] = None,
+    key_folder: _options.Keys = None,
     allow: Annotated[list[Path] | None, typer.Option(help="node.pub of an edge that may join; once for each.")] = None,
 ) -> None:
     """Let edges join, until Ctrl-C. Without keys only on this machine. Whoever has an account on it controls the cloud.
@@ -210,7 +211,20 @@ def join(
     with _ended_by_signals(), Programs() as programs:
         program = start(programs, connection, spec, folder, keys=key_folder, sharing=_sharing(share))
         _show.say(f"{spec.name} joins {address}; log: {program.log}. Stop with Ctrl-C.")
+        if not _answers(address):
+            sys.stderr.write(
+                f"warning: Nothing listens at {address} yet. The edge goes on trying; check the address.\n"
+            )
         _until_stopped(program)
+
+
+def _answers(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def submit(
@@ -219,7 +233,7 @@ def submit(
     address: Annotated[
         str, typer.Option(help="HOST:PORT that `fuse serve` listens on, on this machine.")
     ] = "127.0.0.1:8000",
-    key_folder: Annotated[Path | None, typer.Option("--keys", help="Folder cloud that `fuse keys` made.")] = None,
+    key_folder: _options.Keys = None,
     folder: Annotated[Path, typer.Option(help="The folder of `fuse serve`.")] = Path("cloud"),
     method: _METHOD = "cat",
     how: _HOW = "",
@@ -227,7 +241,7 @@ def submit(
     out: Annotated[
         Path, typer.Option("-o", "--out", help="The run's folder; started again, only what is missing is asked for.")
     ] = Path("run"),
-    json_: _JSON = False,
+    json_: _options.Json = False,
 ) -> None:
     """Ask all edges that have joined for an adapter, and fuse what comes. Training settings are flags.
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from ..fuse.suites import Suite
     from ..model import Model
 
-__all__ = ["number", "one_of", "open_adapters", "open_any", "open_base", "parse_numbers", "parse_resolvers", "parse_suite",
+__all__ = ["number", "open_adapters", "open_any", "open_base", "parse_numbers", "parse_resolvers", "parse_suite",
            "resolver_of", "share_of", "whole_mib"]  # fmt: skip
 
 
@@ -55,14 +55,6 @@ def _suite(data: str, seed: int) -> Suite:
             )
         return text_cd(os.environ["RETOUCH_DATA"], domains.split(",") if domains else TEXT_DOMAINS, seed=seed)
     return folders(data, seed=seed)
-
-
-def one_of(flag: str, value: str, allowed: tuple[str, ...]) -> Any:
-    from ..errors import unknown
-
-    if value not in allowed:
-        raise unknown(f"value of --{flag}", value, allowed)
-    return value
 
 
 def number(flag: str, text: str) -> float:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import _show
-from ._fuse_flags import one_of, open_adapters, open_base, parse_numbers, parse_suite, resolver_of
+from . import _options, _show
+from ._fuse_flags import open_adapters, open_base, parse_numbers, parse_suite, resolver_of
 from ._settings import EXTRA, method_of
 
 if TYPE_CHECKING:
@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from ..settings import Settings
 
 __all__ = ["add_to"]
-
-_BASE = Annotated[str, typer.Argument(help="The whole model: a folder, a hub id, a .gguf file, or smollm2.")]
-_JSON = Annotated[bool, typer.Option("--json", help="Results for programs.")]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -34,7 +31,7 @@ def add_to(app: typer.Typer) -> None:
 
 def merge(
     context: typer.Context,
-    base: _BASE,
+    base: _options.WholeModel,
     adapters: Annotated[list[Path], typer.Argument(help="Folders of adapters, as PEFT or `fuse recover` write them.")],
     method: Annotated[str, typer.Option(help="See: retouch methods fuse. Its settings are flags too.")] = "cat",
     resolve: Annotated[
@@ -65,7 +62,7 @@ def merge(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only the report of conflicts.")] = False,
     html: Annotated[Path | None, typer.Option(help="A report with the heat map.")] = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the result.")] = Path("fused"),
-    json_: _JSON = False,
+    json_: _options.Json = False,
 ) -> None:
     """Fuse adapters into one: conflict report, fusion, and with --max-harm a certificate.
 
@@ -73,18 +70,17 @@ def merge(
     """
     from .. import registry
     from ..fuse.merging import refuse_replacing, seen_by_edges
-    from ..report import to_json, to_terminal, write_html
-    from ..store import refuse_inside
+    from ..store import refuse_place
 
     cls = registry.load("fuse", method)
     adapters, context.args = _parted([str(a) for a in adapters], cls)
     chosen = method_of(context, cls)
     fixed = {w[2:].partition("=")[0].replace("-", "_") for w in context.args if w.startswith("--")}
-    kind = one_of("as", as_, ("adapter", "change", "model"))
+    kind = _options.one_of("as", as_, ("adapter", "change", "model"))
     resolver = resolver_of(resolve)
     given: Any = None if not weights else "examples" if weights == "examples" else parse_numbers("weights", weights)
     _show.writable("--html", html, "matplotlib", "jinja2")
-    refuse_inside(out)
+    refuse_place(out)
     refuse_replacing(out, [base, *adapters])
     _check_merge(chosen, scale, max_harm, n_certify, data, dry_run)
     suite = parse_suite(data) if data else None
@@ -97,12 +93,7 @@ def merge(
         asked = {"weights": given, "resolver": resolver}
         judged = {"suite": suite, "tuned": scale == "tune", "fixed": fixed, "limit": max_harm, "n_certify": n_certify}
         report, proof = _merged(model, opened, chosen, out, kind, dry_run, asked, judged)
-    if html is not None:
-        write_html(report, html)
-    if json_:
-        _show.emit(to_json(report))
-    else:
-        _show.console().print(to_terminal(report))
+    _show.report(report, html, json_)
     if proof is not None:
         proof.require()
     if not json_ and not dry_run:
@@ -208,7 +199,7 @@ def compose(
     model: Annotated[str | None, typer.Option(help="Ask this model.")] = None,
     adapter: Annotated[Path | None, typer.Option(help="With this adapter.")] = None,
     how: Annotated[str, typer.Option(help="constrained, joint or free.")] = "constrained",
-    chat: Annotated[bool, typer.Option("--chat", help="Ask through the model's chat template.")] = False,
+    chat: _options.Chat = False,
     template: Annotated[str, typer.Option(help="Wording, e.g. plain or words; default: the suite's.")] = "",
     examples: Annotated[
         Path | None, typer.Option(help="Also write each domain's training examples to this folder.")
@@ -220,7 +211,7 @@ def compose(
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="New file for the recipe: hashes and seed, no texts.")
     ] = None,
-    json_: _JSON = False,
+    json_: _options.Json = False,
 ) -> None:
     """Compose prompts that ask questions of several domains at once, and score a model on them.
 
@@ -238,7 +229,7 @@ def compose(
     _check_recipe(recipe, out, {"-k": k, "-n": n, "--once": once or None, "--split": split, "--seed": seed})
     drawn: dict[str, Any] = drawn_as(recipe) if recipe else {"seed": seed or 0, "split": split or "test"}
     suite = parse_suite(data, drawn["seed"], template)
-    pool = suite.questions(one_of("split", drawn["split"], ("selection", "test")))
+    pool = suite.questions(_options.one_of("split", drawn["split"], ("selection", "test")))
     instances = read_recipe(recipe, pool) if recipe else bundles(pool, k, drawn["seed"], once, n_bundles=n)
     if out is not None:
         write_recipe(out, suite.name, instances, drawn)

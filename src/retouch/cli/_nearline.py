@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import _show
+from . import _options, _show
 from ._settings import EXTRA, method_of
 
 if TYPE_CHECKING:
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 __all__ = ["add_to"]
 
-_BUNDLE = Annotated[Path, typer.Argument(help="What `recommend fit` wrote.")]
-
 
 def add_to(app: typer.Typer) -> None:
     """Add the commands to ``retouch recommend``."""
@@ -30,13 +28,13 @@ def add_to(app: typer.Typer) -> None:
 
 
 def add(
-    bundle: _BUNDLE,
+    bundle: _options.Bundle,
     items: Annotated[Path, typer.Option(help="New items with titles: a table with ids first, .item, or JSON.")],
     encoder: Annotated[
         str, typer.Option(help="As in `recommend fit`; a .npy file has a row for each new item.")
     ] = "minilm",
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Another folder; default: in place.")] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Results for programs.")] = False,
+    json_: _options.Json = False,
 ) -> None:
     """Give new items codes in a saved bundle. Nothing is trained, and the codes of all other items stay.
 
@@ -53,22 +51,24 @@ def add(
         return
     known = f"; {len(told.known):,} were there already" if told.known else ""
     _show.say(f"{len(told.codes):,} new items in {out or bundle}{known}.")
-    _show.say(f"Its records go to namespace {told.fingerprint[:12]}. Next: retouch recommend nearline {out or bundle}")
+    _show.say(
+        f"Its records go to namespace {told.fingerprint[:12]}. Next: {_show.command('recommend', 'nearline', out or bundle)}"
+    )
 
 
 def nearline(
     context: typer.Context,
-    bundle: _BUNDLE,
-    store: Annotated[str, typer.Option(help="sqlite:PATH or redis://HOST:PORT/NUMBER.")] = "sqlite:knowledge.db",
+    bundle: _options.Bundle,
+    store: _options.Store = "sqlite:knowledge.db",
     histories: Annotated[
         Path | None,
         typer.Option(help="Who took what: any format of `recommend fit`, or JSON Lines; default: the store's."),
     ] = None,
     format: Annotated[str, typer.Option(help="Of the histories; default: by the file.")] = "",
-    user: Annotated[str, typer.Option(help="Column of users.")] = "user_id",
-    item: Annotated[str, typer.Option(help="Column of items.")] = "item_id",
-    time: Annotated[str, typer.Option(help="Column of times.")] = "timestamp",
-    llm: Annotated[str, typer.Option(help="The language model; default: the one it was fitted with.")] = "",
+    user: _options.UserColumn = "user_id",
+    item: _options.ItemColumn = "item_id",
+    time: _options.TimeColumn = "timestamp",
+    llm: _options.FittedWith = "",
     watch: Annotated[bool, typer.Option("--watch", help="Go on for as long as histories change.")] = False,
     metrics: Annotated[int, typer.Option(help="With --watch: the port for Prometheus; 0: none.")] = 0,
     activate: Annotated[
@@ -82,7 +82,7 @@ def nearline(
     ] = None,
     rollback: Annotated[bool, typer.Option("--rollback", help="Only let servers read what they read before.")] = False,
     ray: Annotated[bool, typer.Option("--ray", help="Spread over a Ray cluster; the records are the same.")] = False,
-    json_: Annotated[bool, typer.Option("--json", help="Results for programs.")] = False,
+    json_: _options.Json = False,
 ) -> None:
     """Ask the language model about every user who needs it, and write what it knows to a store. Interrupted, it goes on.
 
@@ -133,7 +133,7 @@ def nearline(
     _show.say(_sentence(done))
     reads = "read" if active == opened.fingerprint else "do not yet read"
     _show.say(f"Servers {reads} these records (namespace {opened.fingerprint[:12]}).")
-    _show.say(f"Next: retouch recommend serve {bundle} --store {store}")
+    _show.say(f"Next: {_show.command('recommend', 'serve', bundle, '--store', store)}")
 
 
 def _roll_back(store: str, json_: bool) -> None:
@@ -229,7 +229,7 @@ def _counted(port: int) -> Callable[[Done, float], None] | None:
 
 
 def serve(
-    bundle: _BUNDLE,
+    bundle: _options.Bundle,
     store: Annotated[str, typer.Option(help="sqlite:PATH or redis://HOST:PORT/NUMBER; empty: no knowledge.")] = "",
     beside: Annotated[list[Path] | None, typer.Option(help="Bundles that take over when the store names them.")] = None,
     host: Annotated[str, typer.Option(help="Where to listen; this machine alone by default.")] = "127.0.0.1",
@@ -247,6 +247,9 @@ def serve(
     import sys
 
     from ..recommend.serve import run
+    from ..store import check_folder
 
+    for folder in (bundle, *(beside or ())):
+        check_folder(folder, verify_hashes=False)  # before it is said that it is served
     sys.stderr.write(f"Serving {bundle} at http://{host}:{port} (Ctrl-C ends it; /docs describes the API).\n")
     run(bundle, store, beside=beside or (), host=host, port=port, workers=workers, token=token, stock=stock)

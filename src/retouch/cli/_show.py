@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -15,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["console", "emit", "progress", "say", "table", "warnings", "writable"]
+    from ..report import Report
+
+__all__ = ["command", "console", "count", "emit", "progress", "report", "say", "table", "warnings", "writable"]
 
 
 def console() -> Console:
@@ -38,6 +41,18 @@ def _strict(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def report(made: Report, html: Path | None, json_: bool) -> None:
+    """Write a report: as a page, if one is asked for, and on stdout for people or programs."""
+    from ..report import to_json, to_terminal, write_html
+
+    if html is not None:
+        write_html(made, html)
+    if json_:
+        emit(to_json(made))
+    else:
+        console().print(to_terminal(made))
+
+
 def say(sentence: str, style: str = "") -> None:
     """Write a sentence for people as it is: never broken, so that a command in it can be copied."""
     from rich.text import Text
@@ -46,17 +61,25 @@ def say(sentence: str, style: str = "") -> None:
 
 
 def table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
-    """Write a table for people."""
-    from rich.table import Table
-    from rich.text import Text
+    """Write a table for people, whole at any width."""
+    from .._sheet import Sheet
 
-    drawn = Table(show_edge=False, pad_edge=False)
-    for column in columns:
-        drawn.add_column(column, overflow="fold")
-    for row in rows:
-        drawn.add_row(*(Text(_cell(c)) for c in row))
     say(title, "bold")  # a table's own title would be folded to the table's width
-    console().print(drawn)
+    console().print(Sheet(columns, rows, ruled=True))
+
+
+def command(*words: object) -> str:
+    """Write a command of ours so that a shell takes it as it is."""
+    return " ".join(["retouch", *(_quoted(str(word)) for word in words)])
+
+
+def _quoted(word: str) -> str:
+    return f'"{word}"' if " " in word and not set(word) & set('"$`\\!') else shlex.quote(word)
+
+
+def count(number: int, what: str) -> str:
+    """Write a number of things: 1 fact, 2 facts."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def writable(flag: str, path: Path | None, *needed: str) -> None:
@@ -72,21 +95,15 @@ def writable(flag: str, path: Path | None, *needed: str) -> None:
     """
     from .._pictures import need
     from ..errors import UserError
-    from ..store import refuse_inside
+    from ..store import refuse_place
 
     if path is None:
         return
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise UserError(f"{flag} {path} must be a file in a folder that exists.")
-    refuse_inside(path)
+    refuse_place(path)
     for package in needed:
         need(package)
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return "" if value is None else str(value)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import _show
+from . import _options, _show
 
 if TYPE_CHECKING:
     from ..edit._sets import Asked
@@ -17,8 +17,8 @@ __all__ = ["app"]
 app = typer.Typer(help="Measure all methods of a verb on one set, in one harness.", no_args_is_help=True)
 _COLUMNS = (
     *("efficacy", "paraphrase", "s_specificity", "r_specificity", "score", "score_classic", "edit_form"),
-    *("instruction", "gap", "all_facts", "all_facts_instruction", "fluency", "neighbors_same"),
-    *("perplexity_ratio", "seconds_per_fact", "peak_mib"),
+    *("instruction", "gap", "all_facts", "all_facts_instruction", "fluency", "refused"),
+    *("perplexity_ratio", "n_edits", "bound_at_edits", "ended_at_edits", "seconds_per_fact", "peak_mib"),
 )
 
 
@@ -50,9 +50,9 @@ def edit(
     ] = None,
     chunk: Annotated[int, typer.Option(help="Records measured at once; 0: 16 on a CPU, else 128.")] = 0,
     rows: Annotated[bool, typer.Option(help="Keep every record's numbers beside the result.")] = False,
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    seed: _options.Seed = 0,
     skip_bad: Annotated[bool, typer.Option(help="Leave out records that cannot be used, and count them.")] = False,
-    json_: Annotated[Path, typer.Option("--json", help="The result.")] = Path("bench-edit.json"),
+    json_: _options.Result = Path("bench-edit.json"),
 ) -> None:
     """Measure editing methods on real facts; an interrupted run goes on when the same command is given again."""
     from .. import registry
@@ -64,6 +64,9 @@ def edit(
     if batch < 1 or generations < 0 or n < 1 or chunk < 0:
         raise UserError("--n and --batch must be at least 1, --generations at least 0, --chunk at least 0.")
     asked = Asked(suite, tuple(data or ()), n, group_size, known, seed, skip_bad)
+    idle = {"--instructions": instructions is not None, "--rows": rows, "--chunk": chunk > 0}
+    if suite == "sequential" and (unused := [name for name, given in idle.items() if given]):
+        raise UserError(f"{', '.join(unused)}: a sequence is measured on its way, not record by record. Leave it out.")
     _check(asked, json_)
     from ..model import open_model
 
@@ -127,13 +130,13 @@ def slim(
         str, typer.Option(help="Most FLOPs on average, likewise; thresholds are chosen by it. none: all blocks run.")
     ] = "1/19",
     seeds: Annotated[str, typer.Option(help="Each method is trained once with each: 0,1,2.")] = "0",
-    max_train: Annotated[int | None, typer.Option(help="Training rows to keep at most.")] = None,
+    max_train: _options.MaxTrain = None,
     preset: Annotated[str, typer.Option(help="fast: for a CPU; paper: as published, for a GPU.")] = "fast",
     latency: Annotated[bool, typer.Option(help="Take times, on the machine as it is.")] = True,
     draws: Annotated[int, typer.Option(help="Draws of the test rows, for standard errors.")] = 1000,
     work: Annotated[Path | None, typer.Option(help="Folder of the stages; default: in the cache.")] = None,
-    html: Annotated[Path | None, typer.Option(help="A report with pictures.")] = None,
-    json_: Annotated[Path, typer.Option("--json", help="The result.")] = Path("bench-slim.json"),
+    html: _options.Html = None,
+    json_: _options.Result = Path("bench-slim.json"),
 ) -> None:
     """Measure slimming methods on one task; an interrupted run goes on when the same command is given again.
 
@@ -211,7 +214,7 @@ def fuse(
     ] = "aware",
     per_edge: Annotated[int, typer.Option(help="Examples that each edge trains on; 0: all.")] = 400,
     ratios: Annotated[str, typer.Option(help="Share that the edges' models are pruned by, in turn: 0.25,0.4,0.")] = "0",
-    score: Annotated[str, typer.Option(help="random, magnitude, wanda, taylor or flap.")] = "wanda",
+    score: _options.Score = "wanda",
     rank: Annotated[int, typer.Option(help="Of the adapters.")] = 8,
     epochs: Annotated[float, typer.Option(help="Passes of an edge over its examples.")] = 1.0,
     batch: Annotated[int, typer.Option(help="Examples of one step of an edge.")] = 8,
@@ -222,44 +225,31 @@ def fuse(
     lams: Annotated[str, typer.Option(help="Scales that are tried.")] = "0.3,0.5,0.7,1,1.5,2,3,4.5",
     first: Annotated[int, typer.Option(help="Prompts of the first round of tuning.")] = 50,
     limit: Annotated[float, typer.Option(help="Drop of the certificate that is printed.")] = 0.2,
-    chat: Annotated[bool, typer.Option("--chat", help="Ask through the model's chat template.")] = False,
+    chat: _options.Chat = False,
     template: Annotated[
         str,
         typer.Option(help="Wording: plain (letters), words (for small models), numbered, each, untagged, two_shot."),
     ] = "",
-    work: Annotated[Path | None, typer.Option(help="Folder of what is finished; default: in the cache.")] = None,
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
-    json_: Annotated[Path, typer.Option("--json", help="The result.")] = Path("bench-fuse.json"),
+    work: _options.Work = None,
+    seed: _options.Seed = 0,
+    json_: _options.Result = Path("bench-fuse.json"),
 ) -> None:
     """Measure fusion methods on composed questions; an interrupted run goes on when the same command is given again.
 
     Example: retouch bench fuse --data text-cd --methods cat,ties,tsv --ratios 0.25,0.4,0 --json text-cd.json
     """
-    import math
-    from typing import get_args
-
     from .. import registry
-    from ..errors import UserError, unknown
+    from ..errors import UserError
     from ..fuse import bench
-    from ..fuse._scores import Score
     from ..fuse.train import LoraSettings
     from ._fuse_flags import parse_numbers, parse_resolvers, parse_suite
 
     chosen = registry.parse("fuse", methods or bench.METHODS, seed=seed)
     before = parse_resolvers(resolvers)
-    if form not in ("aware", "blind"):
-        raise UserError(f"--form must be aware or blind; got {form!r}.")
     if min(n_selection, n_test, first) < 1 or per_edge < 0:
         raise UserError("--n-selection, --n-test and --first must be at least 1, --per-edge at least 0.")
     scales, shares = parse_numbers("lams", lams), parse_numbers("ratios", ratios)
-    if not all(0 < a < math.inf for a in scales) or sorted(set(scales)) != scales:
-        raise UserError(f"--lams are scales above 0 that rise; got {lams}.")
-    if not all(0 <= share <= 0.85 for share in shares):
-        raise UserError(f"--ratios are shares from 0 to 0.85; got {ratios}.")
-    if not 0 < limit <= 1:
-        raise UserError(f"--limit is a share of right answers, above 0 and at most 1; got {limit:g}.")
-    if score not in (known := get_args(Score)):
-        raise unknown("value of --score", score, known)
+    _check_fuse(form, scales, shares, limit, score)
     _show.writable("--json", json_)
     suite = parse_suite(data, seed, template)
     wanted = bench.Bench(
@@ -271,6 +261,34 @@ def fuse(
 
     with _show.progress():
         result = bench.run(open_model(model), suite, wanted, json_, work)
+    _shown_fuse(result, json_)
+
+
+def _check_fuse(form: str, scales: list[float], shares: list[float], limit: float, score: str) -> None:
+    """Name what would fail only after the model is open."""
+    import math
+    from typing import get_args
+
+    from ..errors import UserError, unknown
+    from ..fuse._scores import Score
+
+    if form not in ("aware", "blind"):
+        raise UserError(f"--form must be aware or blind; got {form!r}.")
+    if not all(0 < a < math.inf for a in scales) or sorted(set(scales)) != scales:
+        raise UserError(f"--lams are scales above 0 that rise; got {_joined(scales)}.")
+    if not all(0 <= share <= 0.85 for share in shares):
+        raise UserError(f"--ratios are shares from 0 to 0.85; got {_joined(shares)}.")
+    if not 0 < limit <= 1:
+        raise UserError(f"--limit is a share of right answers, above 0 and at most 1; got {limit:g}.")
+    if score not in (known := get_args(Score)):
+        raise unknown("value of --score", score, known)
+
+
+def _joined(numbers: list[float]) -> str:
+    return ",".join(f"{number:g}" for number in numbers)
+
+
+def _shown_fuse(result: dict[str, Any], out: Path) -> None:
     columns = {"all_correct": "all", "part_correct": "parts", "single_correct": "alone", "worst_domain": "worst",
                "composition_cost": "cost", "ppl": "ppl", "lam": "scale"}  # fmt: skip
     rows = [[name, *(m.get(c) for c in columns)] for name, m in result["methods"].items()]
@@ -278,7 +296,7 @@ def fuse(
     _show.say(
         "all, parts: right answers in composed prompts; alone: the same questions one by one; cost: alone less parts."
     )
-    _show.say(f"Saved as {json_}.")
+    _show.say(f"Saved as {out}.")
 
 
 @app.command()
@@ -286,47 +304,39 @@ def recommend(
     data: Annotated[
         Path, typer.Option(help="Atomic files, a sequence file, CSV, Parquet, or a folder with one of them.")
     ],
-    model: Annotated[
-        str, typer.Option(help="The language model: a folder, a hub id, a .gguf file, or smollm2.")
-    ] = "smollm2",
+    model: _options.LanguageModel = "smollm2",
     methods: Annotated[
         str,
         typer.Option(help="Names, with settings if you like: sasrec,lwgr:n_books=3. Default: all rivals and controls."),
     ] = "",
     max_harm: Annotated[float, typer.Option(help="Limit of the mean harm, nats per code.")] = 0.03,
-    format: Annotated[
-        str, typer.Option(help="atomic, sequence, csv, parquet or movielens; default: by the file.")
-    ] = "",
-    user: Annotated[str, typer.Option(help="Column of users.")] = "user_id",
-    item: Annotated[str, typer.Option(help="Column of items.")] = "item_id",
-    time: Annotated[str, typer.Option(help="Column of times.")] = "timestamp",
-    text: Annotated[str, typer.Option(help="Columns of an item's text: title,brand.")] = "",
-    title_map: Annotated[Path | None, typer.Option(help="A map of titles beside a sequence file.")] = None,
-    min_rating: Annotated[float | None, typer.Option(help="Ratings below it are no interactions.")] = None,
-    min_count: Annotated[int, typer.Option(help="Users and items with fewer interactions are left out.")] = 5,
-    split: Annotated[str, typer.Option(help="leave-one-out or time.")] = "leave-one-out",
-    holdout: Annotated[str, typer.Option(help="What is kept for the certificate: users or targets.")] = "users",
-    tokeniser: Annotated[str, typer.Option(help="rq_kmeans, rq_vae or opq.")] = "rq_kmeans",
-    codes: Annotated[int | None, typer.Option(help="Codes of a level; default: by the number of items.")] = None,
-    encoder: Annotated[
-        str, typer.Option(help="Turns texts into vectors: minilm, a folder, or a .npy file.")
-    ] = "minilm",
-    allow_missing_text: Annotated[
-        bool, typer.Option("--allow-missing-text", help="Go on with many items without text.")
-    ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Go on with codes that collapsed.")] = False,
-    size: Annotated[str, typer.Option(help="Of the reference: tiny, small, base or tiger.")] = "small",
-    reference_epochs: Annotated[int, typer.Option(help="Most epochs of the reference.")] = 200,
-    samples_per_epoch: Annotated[int | None, typer.Option(help="Samples of an epoch of the reference.")] = None,
-    dropout: Annotated[float, typer.Option(help="Of the reference.")] = 0.1,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    format: _options.Format = "",
+    user: _options.UserColumn = "user_id",
+    item: _options.ItemColumn = "item_id",
+    time: _options.TimeColumn = "timestamp",
+    text: _options.TextColumns = "",
+    title_map: _options.TitleMap = None,
+    min_rating: _options.MinRating = None,
+    min_count: _options.MinCount = 5,
+    split: _options.Split = "leave-one-out",
+    holdout: _options.Holdout = "users",
+    tokeniser: _options.Tokeniser = "rq_kmeans",
+    codes: _options.Codes = None,
+    encoder: _options.Encoder = "minilm",
+    allow_missing_text: _options.AllowMissingText = False,
+    force: _options.Force = False,
+    size: _options.Size = "small",
+    reference_epochs: _options.ReferenceEpochs = 200,
+    samples_per_epoch: _options.SamplesPerEpoch = None,
+    dropout: _options.Dropout = 0.1,
+    device: _options.Device = "cpu",
     export: Annotated[
         Path | None,
         typer.Option(help="Only write the split there, as benchmark files of RecBole, and measure nothing."),
     ] = None,
-    work: Annotated[Path | None, typer.Option(help="Folder of what is finished; default: in the cache.")] = None,
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
-    json_: Annotated[Path, typer.Option("--json", help="The result.")] = Path("bench-recommend.json"),
+    work: _options.Work = None,
+    seed: _options.Seed = 0,
+    json_: _options.Result = Path("bench-recommend.json"),
 ) -> None:
     """Measure recommenders on one data set; an interrupted run goes on when the same command is given again.
 
@@ -337,15 +347,14 @@ def recommend(
     from ..model import open_model
     from ..recommend import api, bench, splits
     from ..recommend.export import write_benchmark
-    from .recommend import one_of, read, reference_of
+    from .recommend import read, reference_of, ways
 
     chosen = registry.parse("recommend", methods or bench.METHODS, seed=seed)
     if not max_harm > 0:
         raise UserError(f"--max-harm must be above 0, in nats per code; got {max_harm}.")
     _show.writable("--json", json_)
     settings = reference_of(size, reference_epochs, samples_per_epoch, dropout, seed)
-    how, kept = one_of("split", split, ("leave-one-out", "time")), one_of("holdout", holdout, ("users", "targets"))
-    one_of("tokeniser", tokeniser, api.TOKENISERS)
+    how, kept = ways(split, holdout, tokeniser)
     api.check_device(device)
     asks = any(getattr(m, "knowledge", "none") not in ("text", "none") for m in chosen.values())
     with _show.progress():
@@ -359,7 +368,11 @@ def recommend(
         prepared = api.prepare(found, work, tokens=tokens, how=how, holdout=kept, seed=seed)
         wanted = bench.Bench(chosen, settings, max_harm, device=device, seed=seed)
         result = bench.run(prepared, wanted, opened, json_)
+    _shown_recommend(result, json_)
+
+
+def _shown_recommend(result: dict[str, Any], out: Path) -> None:
     columns = ("recall@5", "recall@10", "ndcg@5", "ndcg@10", "harm", "verdict", "seconds")
     rows = [[name, *(m.get(c) for c in columns)] for name, m in result["methods"].items()]
     _show.table(f"{result['n']:,} users of {result['data']}, full ranking", ["method", *columns], rows)
-    _show.say(f"Saved as {json_}.")
+    _show.say(f"Saved as {out}.")

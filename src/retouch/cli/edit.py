@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from . import _show
+from . import _options, _show
 from ._facts import asked_facts
 from ._settings import EXTRA, method_of
 
 __all__ = ["add_to"]
+
+_SAID = 0.5
+"""An answer that is likelier than this comes first."""
 
 
 def add_to(app: typer.Typer) -> None:
@@ -21,12 +25,12 @@ def add_to(app: typer.Typer) -> None:
 
 def edit(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="A folder, a hub id, a .gguf file, or smollm2.")],
+    model: _options.ModelArgument,
     prompt: Annotated[str | None, typer.Option(help="The fact's prompt, with {} for the subject or filled.")] = None,
-    subject: Annotated[str, typer.Option(help="What the fact is about.")] = "",
-    target: Annotated[str | None, typer.Option(help="The new answer.")] = None,
+    subject: _options.Subject = "",
+    target: _options.Target = None,
     truth: Annotated[str | None, typer.Option(help="The old answer, if you know it.")] = None,
-    facts: Annotated[Path | None, typer.Option(help="A file of facts instead, JSON or JSON Lines.")] = None,
+    facts: _options.Facts = None,
     method: Annotated[str, typer.Option(help="See: retouch methods edit. Its settings are flags too.")] = "rome",
     max_harm: Annotated[
         float | None, typer.Option(help="Largest certified harm, 0 to 1; more is refused with exit code 3.")
@@ -48,7 +52,7 @@ def edit(
     html: Annotated[Path | None, typer.Option(help="A report with the collapse curve (--sequence).")] = None,
     png: Annotated[Path | None, typer.Option(help="The collapse curve as a picture (--sequence).")] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder of the change; default METHOD-ID.")] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Results for programs.")] = False,
+    json_: _options.Json = False,
 ) -> None:
     """Correct facts inside a model's weights: plan a change, prove it, save it. The model itself stays as it is.
 
@@ -56,12 +60,12 @@ def edit(
     """
     from .. import registry
     from ..errors import UserError
-    from ..store import refuse_inside
+    from ..store import refuse_place
 
     chosen = method_of(context, registry.load("edit", method))
     wanted = asked_facts(prompt, subject, target, truth, facts)
     _check(max_harm, confidence)
-    refuse_inside(out or Path("change"))
+    refuse_place(out or Path("change"))
     for_sequence = {"batch": batch, "max-perplexity": max_perplexity, "every": every, "html": html, "png": png}
     if sequence:
         if max_harm is not None or out is None:
@@ -91,8 +95,15 @@ def edit(
         told = {"change": str(out), "id": done.change.id, "method": done.change.method, "warnings": warnings}
         _show.emit({**told, "report": dict(done.change.report)})
         return
-    rows = [[f.filled, f.target, f"{_p(e['nll_before'])} -> {_p(e['nll_after'])}"] for f, e in zip(wanted, done.effect)]
-    _show.table(f"{len(wanted)} facts by {method}", ["prompt", "new answer", "probability"], rows)
+    rows = [
+        [f.filled, f.target, f"{_p(e['nll_before'])} -> {_p(e['nll_after'])}"] for f, e in zip(done.facts, done.effect)
+    ]
+    _show.table(f"{_show.count(len(done.facts), 'fact')} by {method}", ["prompt", "new answer", "probability"], rows)
+    if unsure := sum(math.exp(-e["nll_after"]) < _SAID for e in done.effect):
+        warnings.append(
+            f"{unsure} of {_show.count(len(rows), 'new answer')} stayed below a probability of {_SAID:g}, so the model may "
+            "still say something else. Ask it, or try another method."
+        )
     for warning in warnings:
         _show.say(f"note: {warning}", "yellow")
     if done.harm is not None:
@@ -101,12 +112,10 @@ def edit(
         _show.say(f"Perplexity on neutral text: x {done.harm.perplexity_ratio:.4f}")
     seconds = done.change.report["seconds"]
     _show.say(f"Saved as {out} ({done.change.n_numbers:,} numbers, planned in {seconds} s).")
-    _show.say(f'Next: retouch ask {model} "{wanted[0].filled}" --change {out}')
+    _show.say(f"Next: {_show.command('ask', model, done.facts[0].filled, '--change', out)}")
 
 
 def _p(nll: float) -> str:
-    import math
-
     return f"{math.exp(-nll):.2g}"
 
 

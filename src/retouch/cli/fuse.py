@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import _edges, _fuse_merge, _show
-from ._fuse_flags import one_of, open_any, open_base, share_of, whole_mib
+from . import _edges, _fuse_merge, _options, _show
+from ._fuse_flags import open_any, open_base, share_of, whole_mib
 from ._settings import EXTRA, method_of
 
 if TYPE_CHECKING:
@@ -21,9 +21,6 @@ __all__ = ["app"]
 app = typer.Typer(
     help="Fuse adapters that private sites have trained, and prove what the result can do.", no_args_is_help=True
 )
-
-_BASE = Annotated[str, typer.Argument(help="The whole model: a folder, a hub id, a .gguf file, or smollm2.")]
-_JSON = Annotated[bool, typer.Option("--json", help="Results for programs.")]
 
 
 @app.callback()
@@ -36,7 +33,7 @@ def _() -> None:
 
 @app.command()
 def prune(
-    base: _BASE,
+    base: _options.WholeModel,
     budget: Annotated[
         str | None, typer.Option(help="Share of the model's memory in training that an edge has: 60%.")
     ] = None,
@@ -44,19 +41,19 @@ def prune(
     ratio: Annotated[
         float | None, typer.Option(help="Or the share of what can be pruned that goes, up to 0.85.")
     ] = None,
-    score: Annotated[str, typer.Option(help="random, magnitude, wanda, taylor or flap.")] = "wanda",
+    score: _options.Score = "wanda",
     align: Annotated[
         str, typer.Option(help="none, bias, lstsq or distil: how the pruned weights make up for it.")
     ] = "bias",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16, of the file.")] = "float32",
     rank: Annotated[int, typer.Option(help="Rank that the edge will train, for its memory.")] = 8,
     batch: Annotated[int, typer.Option(help="Rows of a pass at the edge, for its memory.")] = 8,
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    seed: _options.Seed = 0,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder that the edge gets.")] = Path("pruned"),
     plan: Annotated[
         Path | None, typer.Option(help="File of the plan, which stays here; default OUT.plan.json.")
     ] = None,
-    json_: _JSON = False,
+    json_: _options.Json = False,
 ) -> None:
     """Prune a model for a class of edge; the plan stays here, the edge gets weights and the plan's hash.
 
@@ -66,15 +63,15 @@ def prune(
     from ..fuse.memory import Load
     from ..fuse.prune import plan_prune, save_plan
     from ..fuse.pruned import save_pruned
-    from ..store import refuse_inside
+    from ..store import refuse_place
 
     given = [x for x in (budget, budget_mib, ratio) if x is not None]
     if len(given) != 1:
         raise UserError("Give one of --budget, --budget-mib and --ratio.")
     place = plan or out.with_name(f"{out.name}.plan.json")
-    one_of("dtype", dtype, ("float32", "bfloat16"))
-    refuse_inside(out)
-    refuse_inside(place)
+    _options.one_of("dtype", dtype, ("float32", "bfloat16"))
+    refuse_place(out)
+    refuse_place(place)
     if place.is_dir():
         raise UserError(f"--plan {place} is a folder, and the plan is a file. Choose another name.")
     load = Load(rank=rank, batch=batch)
@@ -84,8 +81,8 @@ def prune(
         model = open_base(base)
         mib = budget_mib if budget is None else share_of(budget) * whole_mib(model, load)
         made = plan_prune(
-            model, budget_mib=mib, ratio=ratio, score=one_of("score", score, ("random", "magnitude", "wanda", "taylor", "flap")),
-            align=one_of("align", align, ("none", "bias", "lstsq", "distil")), load=load, seed=seed,
+            model, budget_mib=mib, ratio=ratio, score=_options.one_of("score", score, ("random", "magnitude", "wanda", "taylor", "flap")),
+            align=_options.one_of("align", align, ("none", "bias", "lstsq", "distil")), load=load, seed=seed,
         )  # fmt: skip
         save_pruned(model, made, out, dtype=dtype)
         save_plan(made, place)
@@ -109,7 +106,7 @@ def prune(
     for note in made.notes:
         _show.say(note)
     _show.say(f"Saved as {out} (for the edge) and {place} (keep it: recovering needs it).")
-    _show.say(f"Next, at the edge: retouch fuse train {out} --data examples.jsonl -o adapter")
+    _show.say(f"Next, at the edge: {_show.command('fuse', 'train', out, '--data', 'examples.jsonl', '-o', 'adapter')}")
 
 
 @app.command(context_settings=EXTRA)
@@ -125,7 +122,7 @@ def train(
     ] = None,
     work: Annotated[Path | None, typer.Option(help="Folder of the state, for going on; default OUT.work.")] = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the adapter.")] = Path("adapter"),
-    json_: _JSON = False,
+    json_: _options.Json = False,
 ) -> None:
     """Train an adapter on private examples; killed, it goes on. Settings are flags: --rank 8 --epochs 3 …
 
@@ -138,12 +135,12 @@ def train(
     from ..fuse.adapter_file import ranks_of, write_adapter
     from ..fuse.train import LoraSettings, read_examples
     from ..fuse.train import train as fit
-    from ..store import refuse_inside
+    from ..store import refuse_place
 
     settings = method_of(context, LoraSettings)
     if deadline is not None and not deadline > 0:
         raise UserError(f"--deadline is in seconds, above 0; got {deadline:g}.")
-    refuse_inside(out)
+    refuse_place(out)
     examples = read_examples(data)
     public = read_examples(replay) if replay else []
     place = work or out.with_name(f"{out.name}.work")
@@ -172,7 +169,8 @@ def train(
         _show.emit({"adapter": str(out), "plan": made.plan, "mib": size, "notes": dict(made.notes)})
         return
     _show.say(
-        f"Trained on {made.n_examples:,} examples in {made.notes['n_steps']} steps; peak {made.notes['peak_mib']:,.0f} MiB."
+        f"Trained on {_show.count(made.n_examples or 0, 'example')} in {_show.count(made.notes['n_steps'], 'step')}; "
+        f"peak {made.notes['peak_mib']:,.0f} MiB."
     )
     if partial:
         _show.say(
@@ -180,7 +178,8 @@ def train(
         )
     _show.say(f"Saved as {out} ({size:.1f} MiB: nothing else needs to leave this machine).")
     if made.plan:
-        _show.say(f"Next, at the cloud: retouch fuse recover {out} --plan PLAN --model MODEL -o full")
+        recovering = _show.command("fuse", "recover", out, "--plan", "PLAN", "--model", "MODEL", "-o", "full")
+        _show.say(f"Next, at the cloud: {recovering}")
 
 
 @app.command()
@@ -189,7 +188,7 @@ def recover(
     plan: Annotated[Path, typer.Option(help="The plan that `fuse prune` left here.")],
     model: Annotated[str, typer.Option(help="The whole model that the plan was made for.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the recovered adapter.")] = Path("recovered"),
-    json_: _JSON = False,
+    json_: _options.Json = False,
 ) -> None:
     """Bring an adapter of a pruned model to the whole model's shape; plain PEFT loads the result.
 
@@ -200,9 +199,9 @@ def recover(
     from ..fuse.pruned import pruned
     from ..fuse.recover import check_origin
     from ..fuse.recover import recover as scatter
-    from ..store import refuse_inside
+    from ..store import refuse_place
 
-    refuse_inside(out)
+    refuse_place(out)
     made = open_plan(plan)
     check_origin(adapter.name, origin_of(adapter), made)  # before a large model is opened in vain
     with _show.progress():

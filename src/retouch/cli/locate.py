@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import _show
+from . import _options, _show
 from ._facts import asked_facts
 
 if TYPE_CHECKING:
@@ -15,14 +15,8 @@ if TYPE_CHECKING:
 
 __all__ = ["add_to"]
 
-ModelArgument = Annotated[str, typer.Argument(help="A folder, a hub id, a .gguf file, or smollm2.")]
 Prompt = Annotated[str | None, typer.Option(help="A prompt, with {} for the subject or filled.")]
-Subject = Annotated[str, typer.Option(help="What the fact is about.")]
-Facts = Annotated[Path | None, typer.Option(help="A file of facts instead, JSON or JSON Lines.")]
-Page = Annotated[Path | None, typer.Option(help="Write a page with pictures here, e.g. page.html.")]
-Seed = Annotated[int, typer.Option(help="Of everything random.")]
 Samples = Annotated[int, typer.Option(help="Draws of the noise.")]
-Json = Annotated[bool, typer.Option("--json", help="Results for programs.")]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -32,21 +26,21 @@ def add_to(app: typer.Typer) -> None:
 
 
 def locate(
-    model: ModelArgument,
+    model: _options.ModelArgument,
     prompt: Prompt = None,
-    subject: Subject = "",
+    subject: _options.Subject = "",
     target: Annotated[str | None, typer.Option(help="The answer that the model gives.")] = None,
-    facts: Facts = None,
-    n: Annotated[int | None, typer.Option(help="How many facts of the file.")] = None,
+    facts: _options.Facts = None,
+    n: _options.SomeFacts = None,
     attributes: Annotated[
         Path | None, typer.Option(help="A file with one answer of the relation a line, e.g. cities.")
     ] = None,
     part: Annotated[str, typer.Option(help="What is put back: mlp, attention or state.")] = "mlp",
     window: Annotated[int | None, typer.Option(help="Blocks put back together; default: a fifth of them.")] = None,
     samples: Samples = 10,
-    seed: Seed = 0,
-    report: Page = None,
-    json_: Json = False,
+    seed: _options.Seed = 0,
+    report: _options.Page = None,
+    json_: _options.Json = False,
 ) -> None:
     """Find the tokens and blocks that carry a fact: causal trace, attribute rate, knock-outs.
 
@@ -66,12 +60,12 @@ def locate(
 
 
 def diagnose(
-    model: ModelArgument,
+    model: _options.ModelArgument,
     prompt: Prompt = None,
-    subject: Subject = "",
-    target: Annotated[str | None, typer.Option(help="The new answer.")] = None,
-    facts: Facts = None,
-    n: Annotated[int | None, typer.Option(help="How many facts of the file.")] = None,
+    subject: _options.Subject = "",
+    target: _options.Target = None,
+    facts: _options.Facts = None,
+    n: _options.SomeFacts = None,
     change: Annotated[Path | None, typer.Option(help="A saved change of these facts: before and after it.")] = None,
     what: Annotated[str, typer.Option(help="Some of drift, delivery, landscape, shortcut.")] = (
         "drift,delivery,landscape,shortcut"
@@ -79,9 +73,9 @@ def diagnose(
     block: Annotated[int, typer.Option(help="Block of the write; -1: the change's last, or 0.18 of the depth.")] = -1,
     statistics: Annotated[bool, typer.Option(help="Compare the metrics that need second moments, too.")] = True,
     samples: Samples = 10,
-    seed: Seed = 0,
-    report: Page = None,
-    json_: Json = False,
+    seed: _options.Seed = 0,
+    report: _options.Page = None,
+    json_: _options.Json = False,
 ) -> None:
     """Find out why an edit holds or fails: drift of keys, delivered fraction, tolerance, sharpness, shortcut index.
 

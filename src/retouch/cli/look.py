@@ -7,11 +7,9 @@ from typing import Annotated
 
 import typer
 
-from . import _show
+from . import _options, _show
 
 __all__ = ["add_to"]
-
-Json = Annotated[bool, typer.Option("--json", help="Results for programs.")]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -21,9 +19,9 @@ def add_to(app: typer.Typer) -> None:
 
 
 def methods(
-    verb: Annotated[str | None, typer.Argument(help="Whose methods: edit.")] = None,
+    verb: Annotated[str | None, typer.Argument(help="Whose methods: edit, slim, fuse or recommend.")] = None,
     name: Annotated[str | None, typer.Argument(help="One method: its settings.")] = None,
-    json_: Json = False,
+    json_: _options.Json = False,
 ) -> None:
     """List the methods of a verb, or one method's settings."""
     from .. import registry
@@ -42,16 +40,19 @@ def methods(
             _show.emit({"name": entry.name, "doc": entry.doc, "settings": [dict(zip(keys, r)) for r in rows]})
             return
         _show.say(entry.doc)
-        _show.table("Settings", ["flag", "default", "type", "allowed", "what"], rows)
+        told = [
+            [flag, str(default), f"{what} ({f'{kind} {allowed}'.strip()})"]
+            for flag, default, kind, allowed, what in rows
+        ]
+        _show.table("Settings", ["flag", "default", "what"], told)
         return
     found = [e for v in ([verb] if verb else registry.BASES) for e in registry.methods(v)]
     if json_:
         _show.emit([{"verb": e.verb, "name": e.name, "summary": e.summary, "source": e.source} for e in found])
         return
-    _show.table(
-        "Methods", ["verb", "name", "what it does", "source"], [[e.verb, e.name, e.summary, e.source] for e in found]
-    )
-    _show.say("Settings of one: retouch methods edit rome")
+    _show.table("Methods", ["verb", "name", "what it does"], [[e.verb, e.name, e.summary] for e in found])
+    example = f"{found[0].verb} {found[0].name}" if verb else "edit rome"
+    _show.say(f"Source, known problems and settings of one: retouch methods {example}")
 
 
 def _is_method(word: str) -> None:
@@ -64,7 +65,7 @@ def _is_method(word: str) -> None:
             raise UserError(f"{word!r} is a method of {verb}. See: retouch methods {verb} {word}")
 
 
-def doctor(json_: Json = False) -> None:
+def doctor(json_: _options.Json = False) -> None:
     """Tell versions, devices, the cache, and what is missing."""
     from ..edit.doctor import examine
 
@@ -87,7 +88,7 @@ def demo(
     data: Annotated[
         Path | None, typer.Option(help="Interactions; default: MovieLens 100K, fetched (recommend).")
     ] = None,
-    json_: Json = False,
+    json_: _options.Json = False,
 ) -> None:
     """See the main job of a verb on a real model in minutes: correct facts, or recommend films.
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from . import _show
+from . import _options, _show
 
 __all__ = ["add_to"]
 
-ModelArgument = Annotated[str, typer.Argument(help="A folder, a hub id, a .gguf file, or smollm2.")]
 FolderArgument = Annotated[Path, typer.Argument(help="A model folder that Retouch wrote.")]
-Json = Annotated[bool, typer.Option("--json", help="Results for programs.")]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -23,7 +22,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def apply(
-    model: ModelArgument,
+    model: _options.ModelArgument,
     change: Annotated[Path, typer.Argument(help="A saved change.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the new model.")],
     dtype: Annotated[str | None, typer.Option(help="Type of the stored weights: float32, bfloat16, float16.")] = None,
@@ -35,35 +34,49 @@ def apply(
             "them); by default as its own record says."
         ),
     ] = None,
-    json_: Json = False,
+    json_: _options.Json = False,
 ) -> None:
     """Write a new model folder that carries a change; any Hugging Face loader opens it."""
     from ..change import load
     from ..edit.api import check_effect
     from ..edit.facts import Fact
     from ..errors import UserError
-    from ..ledger import open_ledger, save_ledger, survival
-    from ..store import refuse_inside
+    from ..ledger import carried, open_ledger, save_ledger, survival
+    from ..store import refuse_place
 
-    refuse_inside(out)
+    refuse_place(out)
     if superseded not in (None, "replace", "stack"):
         raise UserError(f"--superseded is replace or stack; got {superseded!r}.")
     policy: Any = superseded
-    planned = load(change)
+    planned, there = load(change), carried(out)
     with _show.progress():
         before = open_ledger(model)
         after = before.apply(planned, policy=policy)
+        _refuse_loss(there, [e.change.id for e in after.entries], model, change, out)
         if planned.facts:
             check_effect(before.model, after.model, [Fact.from_dict(f) for f in planned.facts])
         lost = survival(after, dtype, accept_loss=accept_loss)
-        save_ledger(after, out, dtype=dtype)
+        save_ledger(after, out, dtype=dtype, found=there)
     if json_:
         _show.emit({"model": str(out), "lost": lost, **after.to_dict()})
         return
-    _show.say(f"{out} carries {len(after.active)} changes (the new one is number {after.entries[-1].number}).")
+    number = after.entries[-1].number
+    _show.say(f"{out} carries {_show.count(len(after.active), 'change')} (the new one is number {number}).")
     for name, share in lost.items():
         _show.say(f"{name}: the stored type loses {share:.1%} of the change.")
-    _show.say(f"Undo it: retouch undo {out} {after.entries[-1].number}")
+    _show.say(f"Undo it: {_show.command('undo', out, number)}")
+
+
+def _refuse_loss(there: list[dict[str, Any]], kept: list[str], model: str, change: Path, out: Path) -> None:
+    """Refuse to put a model where another one is that carries changes which this one does not."""
+    from ..errors import UserError
+
+    lost = [line["id"] for line in there if line["status"] == "active" and line["id"] not in kept]
+    if lost:
+        raise UserError(
+            f"{out} carries changes that {model} does not, and they would be lost: {', '.join(lost)}. Add to them: "
+            f"{_show.command('apply', out, change, '-o', out)}; or name another folder."
+        )
 
 
 def undo(
@@ -76,21 +89,22 @@ def undo(
         bool, typer.Option("--resolve", help="Solve the later changes again from their keys and targets.")
     ] = False,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="A new folder; by default in place.")] = None,
-    json_: Json = False,
+    json_: _options.Json = False,
 ) -> None:
     """Take one change, or one fact of it, out of a model, bit for bit, in any order."""
-    from ..ledger import open_ledger, read_log, save_ledger
-    from ..store import refuse_inside
+    from ..ledger import carried, open_ledger, read_log, save_ledger
+    from ..store import refuse_place
 
-    refuse_inside(out or model)
+    refuse_place(out or model)
     read_log(model)  # no folder, or no model of ours: said before anything is opened
+    there = carried(out or model)
     with _show.progress():
         ledger = open_ledger(str(model)).undo(number, fact)
         if resolve:
             from ..edit.resolve import resolve as solve_again
 
             ledger = solve_again(ledger, after=number if fact is None else number - 1)
-        save_ledger(ledger, out or model)
+        save_ledger(ledger, out or model, found=there)
     if json_:
         _show.emit({"model": str(out or model), **ledger.to_dict()})
         return
@@ -102,7 +116,7 @@ def undo(
 def log(
     model: FolderArgument,
     facts: Annotated[bool, typer.Option("--facts", help="A line for each fact.")] = False,
-    json_: Json = False,
+    json_: _options.Json = False,
 ) -> None:
     """List the changes that a model carries."""
     from ..ledger import read_log
@@ -145,7 +159,7 @@ def _facts(line: Any) -> list[list[Any]]:
     return rows
 
 
-def show(change: Annotated[Path, typer.Argument(help="A saved change.")], json_: Json = False) -> None:
+def show(change: Annotated[Path, typer.Argument(help="A saved change.")], json_: _options.Json = False) -> None:
     """Show what a change holds: facts, weights, sizes, how it was made, what was measured."""
     from ..change import load
 
@@ -164,11 +178,10 @@ def show(change: Annotated[Path, typer.Argument(help="A saved change.")], json_:
         _show.emit(record)
         return
     _show.say(f"Change {loaded.id} by {loaded.method}, of model {loaded.base[:12]}", "bold")
-    facts = [[_filled(f), f.get("target"), f.get("truth")] for f in loaded.facts]
-    _show.table("Facts", ["prompt", "new answer", "old answer"], facts)
+    _show.table("Facts", *_measured(loaded.facts, loaded.report.get("effect", ())))
     weights = [[n, int(v["rank"]), v["frobenius"], v["spectral"]] for n, v in loaded.norms().items()]
     _show.table("Weights", ["weight", "rank", "Frobenius norm", "spectral norm"], weights)
-    settings: list[list[Any]] = [[k, v] for k, v in loaded.settings.items()]
+    settings: list[list[Any]] = [[k, str(v)] for k, v in loaded.settings.items()]
     _show.table("Settings", ["setting", "value"], settings)
     for certificate in loaded.report.get("harm", {}).get("certificates", ()):
         _show.say(
@@ -177,11 +190,25 @@ def show(change: Annotated[Path, typer.Argument(help="A saved change.")], json_:
         )
 
 
+def _measured(facts: Any, effect: Any) -> tuple[list[str], list[list[Any]]]:
+    """Columns and rows of a change's facts, with the new answers' probabilities if they were measured."""
+    rows = [[_filled(f), f.get("target"), f.get("truth")] for f in facts]
+    heads = ["prompt", "new answer", "old answer"]
+    if len(effect) != len(rows):
+        return heads, rows
+    pairs = [[math.exp(-e["nll_before"]), math.exp(-e["nll_after"])] for e in effect]
+    return [*heads, "probability before", "after"], [row + pair for row, pair in zip(rows, pairs)]
+
+
 def _filled(fact: Any) -> str:
     return str(fact.get("prompt", "")).replace("{}", str(fact.get("subject", "")), 1)
 
 
-def diff(one: ModelArgument, two: Annotated[str, typer.Argument(help="The other model.")], json_: Json = False) -> None:
+def diff(
+    one: _options.ModelArgument,
+    two: Annotated[str, typer.Argument(help="The other model.")],
+    json_: _options.Json = False,
+) -> None:
     """Compare two models weight by weight."""
     from ..ledger import difference
     from ..model import open_model
@@ -195,28 +222,33 @@ def diff(one: ModelArgument, two: Annotated[str, typer.Argument(help="The other 
         _show.say("Every weight is equal, bit for bit.")
         return
     _show.table(
-        f"{len(rows)} weights differ",
-        ["weight", "norm of the difference", "share of the weight", "largest entry"],
+        f"{_show.count(len(rows), 'weight')} {'differs' if len(rows) == 1 else 'differ'}: norm of the difference, its share of the "
+        "weight, and its largest entry",
+        ["weight", "norm", "share", "largest"],
         [[r["weight"], r["frobenius"], f"{r['share']:.3%}", r["largest"]] for r in rows],
     )
 
 
 def ask(
-    model: ModelArgument,
+    model: _options.ModelArgument,
     text: Annotated[str, typer.Argument(help="A text to continue.")],
     change: Annotated[Path | None, typer.Option(help="A saved change: answers before and after it.")] = None,
     n_tokens: Annotated[int, typer.Option(help="New tokens.")] = 16,
-    json_: Json = False,
+    json_: _options.Json = False,
 ) -> None:
     """Let a model continue a text, before and after a change, side by side."""
     from ..change import apply as carry
     from ..change import load
+    from ..errors import UserError
     from ..ledger import open_ledger
     from ..measure import continuations
 
     planned = load(change) if change else None
     with _show.progress():
         opened = open_ledger(model).model
+        longest = getattr(opened.network.config, "max_position_embeddings", n_tokens)
+        if n_tokens > longest:
+            raise UserError(f"--n-tokens {n_tokens:,} is more than {model} can hold: {longest:,} tokens with the text.")
         said = {"before" if planned else "answer": continuations(opened, [text], n_tokens)[0].strip()}
         if planned:
             said["after"] = continuations(carry(opened, planned), [text], n_tokens)[0].strip()

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import _nearline, _show
+from . import _nearline, _options, _show
 from ._settings import EXTRA, method_of
 
 if TYPE_CHECKING:
     from ..model import Model
     from ..recommend.data import Interactions
 
-__all__ = ["app", "one_of", "read", "reference_of"]
+__all__ = ["app", "read", "reference_of", "ways"]
 
 app = typer.Typer(
     help="Let a language model's knowledge of the world help a recommender, and never harm it.", no_args_is_help=True
@@ -23,9 +23,6 @@ app = typer.Typer(
 _DATA = Annotated[
     Path, typer.Argument(help="Atomic files, a sequence file, CSV, Parquet, or a folder with one of them.")
 ]
-_BUNDLE = Annotated[Path, typer.Argument(help="What `recommend fit` wrote.")]
-_STORE = Annotated[str, typer.Option(help="sqlite:PATH or redis://HOST:PORT/NUMBER.")]
-_JSON = Annotated[bool, typer.Option("--json", help="Results for programs.")]
 
 
 @app.callback()
@@ -43,52 +40,42 @@ def data(
 
     folder = fetch(name, out)
     _show.say(SETS[name])
-    _show.say(f"Saved as {folder}. Next: retouch recommend fit {folder} -o bundle")
+    _show.say(f"Saved as {folder}. Next: {_show.command('recommend', 'fit', folder, '-o', 'bundle')}")
 
 
 @app.command(context_settings=EXTRA)
 def fit(
     context: typer.Context,
     data: _DATA,
-    llm: Annotated[
-        str, typer.Option(help="The language model: a folder, a hub id, a .gguf file, or smollm2.")
-    ] = "smollm2",
+    llm: _options.LanguageModel = "smollm2",
     max_harm: Annotated[
         float | None, typer.Option(help="Largest certified mean harm, nats per code; more is refused with exit code 3.")
     ] = None,
-    format: Annotated[
-        str, typer.Option(help="atomic, sequence, csv, parquet or movielens; default: by the file.")
-    ] = "",
-    user: Annotated[str, typer.Option(help="Column of users.")] = "user_id",
-    item: Annotated[str, typer.Option(help="Column of items.")] = "item_id",
-    time: Annotated[str, typer.Option(help="Column of times.")] = "timestamp",
-    text: Annotated[str, typer.Option(help="Columns of an item's text: title,brand.")] = "",
-    title_map: Annotated[Path | None, typer.Option(help="A map of titles beside a sequence file.")] = None,
-    min_rating: Annotated[float | None, typer.Option(help="Ratings below it are no interactions.")] = None,
-    min_count: Annotated[int, typer.Option(help="Users and items with fewer interactions are left out; 0: none.")] = 5,
-    allow_missing_text: Annotated[
-        bool, typer.Option("--allow-missing-text", help="Go on with many items without text.")
-    ] = False,
-    split: Annotated[str, typer.Option(help="leave-one-out or time.")] = "leave-one-out",
-    holdout: Annotated[str, typer.Option(help="What is kept for the certificate: users or targets.")] = "users",
-    tokeniser: Annotated[str, typer.Option(help="rq_kmeans, rq_vae or opq.")] = "rq_kmeans",
-    codes: Annotated[int | None, typer.Option(help="Codes of a level; default: by the number of items.")] = None,
-    encoder: Annotated[
-        str, typer.Option(help="Turns texts into vectors: minilm, a folder, or a .npy file.")
-    ] = "minilm",
-    size: Annotated[str, typer.Option(help="Of the reference: tiny, small, base or tiger.")] = "small",
-    reference_epochs: Annotated[int, typer.Option(help="Most epochs of the reference.")] = 200,
-    samples_per_epoch: Annotated[int | None, typer.Option(help="Samples of an epoch of the reference.")] = None,
-    dropout: Annotated[float, typer.Option(help="Of the reference; 0.2 for sparse data.")] = 0.1,
-    force: Annotated[bool, typer.Option("--force", help="Go on with codes that collapsed.")] = False,
+    format: _options.Format = "",
+    user: _options.UserColumn = "user_id",
+    item: _options.ItemColumn = "item_id",
+    time: _options.TimeColumn = "timestamp",
+    text: _options.TextColumns = "",
+    title_map: _options.TitleMap = None,
+    min_rating: _options.MinRating = None,
+    min_count: _options.MinCount = 5,
+    allow_missing_text: _options.AllowMissingText = False,
+    split: _options.Split = "leave-one-out",
+    holdout: _options.Holdout = "users",
+    tokeniser: _options.Tokeniser = "rq_kmeans",
+    codes: _options.Codes = None,
+    encoder: _options.Encoder = "minilm",
+    size: _options.Size = "small",
+    reference_epochs: _options.ReferenceEpochs = 200,
+    samples_per_epoch: _options.SamplesPerEpoch = None,
+    dropout: _options.Dropout = 0.1,
+    force: _options.Force = False,
     keep_refused: Annotated[bool, typer.Option("--keep-refused", help="Save even so; the reference serves.")] = False,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    work: Annotated[
-        Path | None, typer.Option(help="Folder of the stages, for going on; default: in the cache.")
-    ] = None,
-    html: Annotated[Path | None, typer.Option(help="A report with pictures.")] = None,
+    device: _options.Device = "cpu",
+    work: _options.Stages = None,
+    html: _options.Html = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the bundle.")] = Path("bundle"),
-    json_: _JSON = False,
+    json_: _options.Json = False,
 ) -> None:
     """Train a recommender, let a language model's knowledge help it, and certify that it does no harm.
 
@@ -99,14 +86,12 @@ def fit(
     from .. import registry
     from ..recommend import api
     from ..recommend.certificate import require
-    from ..report import to_json, to_terminal, write_html
 
     chosen = method_of(context, registry.load("recommend", "lwgr"))
     if max_harm is not None:
         chosen = registry.make("recommend", "lwgr", **{**chosen.to_dict(), "max_harm": max_harm})
     settings = reference_of(size, reference_epochs, samples_per_epoch, dropout, chosen.seed)
-    how, kept = one_of("split", split, ("leave-one-out", "time")), one_of("holdout", holdout, ("users", "targets"))
-    one_of("tokeniser", tokeniser, api.TOKENISERS)
+    how, kept = ways(split, holdout, tokeniser)
     _free(out)
     _show.writable("--html", html, "matplotlib", "jinja2")
     api.check_device(device)
@@ -116,19 +101,14 @@ def fit(
         tokens = api.Tokens(tokeniser, codes, encoder, force)
         prepared = api.prepare(found, work, tokens=tokens, how=how, holdout=kept, seed=chosen.seed)
         made = api.fit(prepared, chosen, settings, llm=model, device=device)
-    report = made.report(pictures=html is not None)
-    if html is not None:
-        write_html(report, html)
-    if json_:
-        _show.emit(to_json(report))
-    else:
-        _show.console().print(to_terminal(report))
+    _show.report(made.report(pictures=html is not None), html, json_)
     if not made.certified.holds and not keep_refused:
         require(made.certified)
     made.save(out)
     if not json_:
         _show.say(f"Saved as {out}; {'the policy' if made.certified.holds else 'the reference'} serves.")
-        _show.say(f"Next: retouch recommend nearline {out} --store sqlite:knowledge.db --histories {data}")
+        words = ("recommend", "nearline", out, "--store", "sqlite:knowledge.db", "--histories", data)
+        _show.say(f"Next: {_show.command(*words)}")
 
 
 # ---------------------------------------------------------------- what a bundle does
@@ -139,20 +119,20 @@ _nearline.add_to(app)
 
 @app.command("for")
 def for_(
-    bundle: _BUNDLE,
+    bundle: _options.Bundle,
     history: Annotated[
         str, typer.Option(help="Titles or ids of what was taken, oldest first, semicolons between.")
     ] = "",
     user: Annotated[str, typer.Option(help="A user of the store.")] = "",
-    store: Annotated[str, typer.Option(help="sqlite:PATH or redis://HOST:PORT/NUMBER.")] = "",
+    store: _options.Store = "",
     item: Annotated[str, typer.Option(help="Only show this item's codes.")] = "",
     k: Annotated[int, typer.Option("-k", help="How many items.")] = 10,
     explain: Annotated[bool, typer.Option("--explain", help="Say why, for the first items.")] = False,
     knowledge: Annotated[
         str, typer.Option(help="now: ask the language model here; stored: what the store holds.")
     ] = "stored",
-    llm: Annotated[str, typer.Option(help="The language model; default: the one it was fitted with.")] = "",
-    json_: _JSON = False,
+    llm: _options.FittedWith = "",
+    json_: _options.Json = False,
 ) -> None:
     """Recommend for one history, with reasons; no user needs to be known.
 
@@ -161,7 +141,7 @@ def for_(
     from ..recommend.bundle import open_bundle
     from ..recommend.personal import answer_for, codes_of, language_model
 
-    one_of("knowledge", knowledge, ("now", "stored"))
+    _options.one_of("knowledge", knowledge, ("now", "stored"))
     asks = knowledge == "now" and not item
     with _show.progress():
         opened = open_bundle(bundle, knowledge=language_model(bundle, llm) if asks else None)
@@ -176,7 +156,8 @@ def for_(
     if json_:
         _show.emit(answer.to_dict())
         return
-    _show.table(f"For this history ({answer.rung})", ["", "title", "id", "score"],
+    whom = "this history" if history else f"user {user}"
+    _show.table(f"For {whom} ({answer.rung})", ["", "title", "id", "score"],
                 [[i, p.title, p.id, p.score] for i, p in enumerate(answer.items, 1)])  # fmt: skip
     if answer.note:
         _show.say(answer.note, "yellow")
@@ -204,8 +185,8 @@ def evaluate(
     user: Annotated[str, typer.Option(help="Column of users in --window or --reasons.")] = "user_id",
     item: Annotated[str, typer.Option(help="Column of items in --window or --reasons.")] = "item_id",
     time: Annotated[str, typer.Option(help="Column of times in --window or --reasons.")] = "timestamp",
-    llm: Annotated[str, typer.Option(help="The language model; default: the one it was fitted with.")] = "",
-    json_: _JSON = False,
+    llm: _options.FittedWith = "",
+    json_: _options.Json = False,
 ) -> None:
     """Show a bundle's certificate and results, compute them again, or check somebody's table.
 
@@ -286,6 +267,15 @@ def read(
     )  # fmt: skip
 
 
+def ways(split: str, holdout: str, tokeniser: str) -> tuple[Any, Any]:
+    """Return how to split and what to hold out; a word that is none of those known is refused."""
+    from ..recommend.api import TOKENISERS
+
+    _options.one_of("tokeniser", tokeniser, TOKENISERS)
+    how = _options.one_of("split", split, ("leave-one-out", "time"))
+    return how, _options.one_of("holdout", holdout, ("users", "targets"))
+
+
 def reference_of(size: str, epochs: int, samples: int | None, dropout: float, seed: int) -> Any:
     """Make the reference's settings of flags."""
     from ..recommend.reference import ReferenceSettings
@@ -298,9 +288,9 @@ def reference_of(size: str, epochs: int, samples: int | None, dropout: float, se
 def _free(out: Path) -> None:
     """Refuse a place where a bundle cannot be saved, before any work; another bundle may give way."""
     from ..errors import UserError
-    from ..store import read_json, refuse_inside
+    from ..store import read_json, refuse_place
 
-    refuse_inside(out)
+    refuse_place(out)
     record = out / "retouch.json"
     if record.is_file():
         told = read_json(record)
@@ -314,12 +304,3 @@ def _model(source: str, method: Any) -> Model | None:
     from ..model import open_model
 
     return open_model(source) if method.knowledge not in ("text", "none") else None
-
-
-def one_of(flag: str, value: str, allowed: tuple[str, ...]) -> Any:
-    """Refuse a value that is not among a few."""
-    from ..errors import unknown
-
-    if value not in allowed:
-        raise unknown(f"value of --{flag}", value, allowed)
-    return value

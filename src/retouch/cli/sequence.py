@@ -70,10 +70,10 @@ def sequence_command(
         return
     rows: list[list[Any]] = [list(p.to_dict().values()) for p in done.points]
     heads = ["edits", "efficacy", "efficacy of the last batch", "neighbours", "next token kept", "perplexity x"]
-    _show.table(f"{done.n_edits} edits by {method.name}, {batch} at a time", heads, rows)
+    _show.table(f"{_show.count(done.n_edits, 'edit')} by {method.name}, {batch} at a time", heads, rows)
     if done.n_superseded:
         _show.say(f"{done.n_superseded} facts were superseded by later ones and taken out.")
-    _show.say(f"Saved as {out}: {len(done.ledger.active)} changes. See: retouch log {out}")
+    _show.say(f"Saved as {out}: {_show.count(len(done.ledger.active), 'change')}. See: {_show.command('log', out)}")
 
 
 def _record(done: Run) -> dict[str, Any]:

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import _show
+from . import _options, _show
 from ._settings import EXTRA, method_of
 
 if TYPE_CHECKING:
     from ..slim.api import Exiting, Slim
     from ..slim.base import Plan
     from ..slim.data import Task
+    from ..slim.thresholds import Threshold
 
 __all__ = ["add_to"]
 
@@ -65,13 +66,14 @@ def slim(
     heads: Annotated[int | None, typer.Option(help="Fixes the heads of every block.")] = None,
     d_ff: Annotated[int | None, typer.Option("--d-ff", help="Fixes the MLP neurons of every block.")] = None,
     rank: Annotated[int | None, typer.Option(help="Fixes the embedding's rank; 0 leaves the table whole.")] = None,
+    columns: Annotated[
+        str | None, typer.Option(help="What columns of the rows are called: text=review,label=stars; text2 of pairs.")
+    ] = None,
     metric: Annotated[
         str | None, typer.Option(help="accuracy, f1, mcc or spearman; default: as usual for the task.")
     ] = None,
-    max_train: Annotated[int | None, typer.Option(help="Training rows to keep at most.")] = None,
-    work: Annotated[
-        Path | None, typer.Option(help="Folder of the stages, for going on; default: in the cache.")
-    ] = None,
+    max_train: _options.MaxTrain = None,
+    work: _options.Stages = None,
     recalibrate: Annotated[
         bool, typer.Option("--recalibrate", help="MODEL is slim: choose its threshold anew, without training.")
     ] = False,
@@ -88,9 +90,9 @@ def slim(
         bool, typer.Option("--int8", help="Quantise the export; compared on the texts of --calib.")
     ] = False,
     keep_refused: Annotated[bool, typer.Option("--keep-refused", help="Save even so, never leaving early.")] = False,
-    html: Annotated[Path | None, typer.Option(help="A report with pictures.")] = None,
+    html: _options.Html = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder of the slim model.")] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Results for programs.")] = False,
+    json_: _options.Json = False,
 ) -> None:
     """Make a classifier a fraction of its size, with an exit after every block, within a stated cost and risk.
 
@@ -101,21 +103,22 @@ def slim(
     if (measure or predict is not None or export is not None or recalibrate) and not _speaks():
         return
     _only(context)
+    called = _columns(columns)
     if measure:
-        _measure(model, test, export, json_)
+        _measure(model, test, export, called, json_)
         return
     if predict is not None:
         _predict(model, predict, batch)
         return
     if export is not None:
-        _export(model, export, cuts, int8, calib, keep_refused, json_)
+        _export(model, export, cuts, int8, calib, called, keep_refused, json_)
         return
     from ..slim.api import Exiting
     from ..slim.base import Budget
 
     exiting = Exiting(rule, every, min_block, True, loss, "original", how, delta)
     if recalibrate:
-        _recalibrate(model, calib, flops, max_harm, exiting, out or Path(model), keep_refused, json_)
+        _recalibrate(model, calib, called, flops, max_harm, exiting, out, keep_refused, json_)
         return
     if train is None:
         raise UserError("--train is missing: the rows that the slim model learns from. See retouch slim --help.")
@@ -136,7 +139,7 @@ def slim(
         made = fit(
             model, train, valid, calib, test, budget=budget, method=chosen, exiting=exiting, folder=work,
             widths={k: v for k, v in {"heads": heads, "d_ff": d_ff, "rank": rank}.items() if v is not None},
-            metric=metric, max_train=max_train, seed=chosen.seed, keep_refused=keep_refused,
+            columns=called, metric=metric, max_train=max_train, seed=chosen.seed, keep_refused=keep_refused,
             told=_planned if speaks else None,
         )  # fmt: skip
     if not speaks:
@@ -150,7 +153,20 @@ def slim(
         write_html(report(made), html)
     if not json_:
         _show.say(f"Saved as {out}.")
-        _show.say(f'Next: echo "a text" | retouch slim {out} --predict -')
+        text = 'printf "a text\\tanother\\n"' if made.classifier.pairs else 'echo "a text"'
+        _show.say(f"Next: {text} | {_show.command('slim', out, '--predict', '-')}")
+
+
+def _columns(text: str | None) -> dict[str, str] | None:
+    """Read ``text=review,label=stars``."""
+    from ..errors import UserError
+
+    if text is None:
+        return None
+    parts = [part.partition("=") for part in text.split(",")]
+    if not all(name.strip() and column.strip() for name, _, column in parts):
+        raise UserError(f"--columns says what text, text2 and label are called: text=review,label=stars; got {text!r}.")
+    return {name.strip(): column.strip() for name, _, column in parts}
 
 
 def _command() -> str:
@@ -179,9 +195,9 @@ def _planned(plan: Plan, task: Task) -> None:
 def _free(out: Path, mark: str = "retouch.json", what: str = "slim model of ours") -> None:
     """Refuse a place where a folder cannot be saved, before any work; one of the same kind may give way."""
     from ..errors import UserError
-    from ..store import read_json, refuse_inside
+    from ..store import read_json, refuse_place
 
-    refuse_inside(out)
+    refuse_place(out)
     ours = (out / mark).is_file() and (mark != "retouch.json" or read_json(out / mark).get("kind") == "slim")
     if out.exists() and not ours and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} exists and is no {what}. Name another folder.")
@@ -191,11 +207,11 @@ def _free(out: Path, mark: str = "retouch.json", what: str = "slim model of ours
 
 
 _JOBS = {
-    "measure": {"test", "export"},
+    "measure": {"test", "export", "columns"},
     "predict": {"batch"},
-    "export": {"cuts", "int8", "calib", "keep_refused"},
+    "export": {"cuts", "int8", "calib", "columns", "keep_refused"},
     "recalibrate": {
-        *("calib", "flops", "max_harm", "rule", "loss", "how", "delta", "every", "min_block"),
+        *("calib", "columns", "flops", "max_harm", "rule", "loss", "how", "delta", "every", "min_block"),
         *("out", "keep_refused"),
     },
 }
@@ -214,6 +230,10 @@ def _only(context: typer.Context) -> None:
         surplus, where = set(given) - _JOBS[job] - {job, "model", "json_"}, f"with --{job}"
         if context.args:
             raise UserError(f"There is no option {context.args[0]} for a model that is slim already.")
+    if not surplus and not {"max_harm", "max_drop"} & set(given):
+        surplus, where = set(given) & {"loss", "how", "delta"}, "without --max-harm or --max-drop"
+    if not surplus and "flops" not in given:
+        surplus, where = set(given) & {"cost"}, "without --flops"
     if surplus:
         names = ", ".join(sorted(given[name] for name in surplus))
         raise UserError(f"Leave out {names}: it changes nothing {where}.")
@@ -247,13 +267,14 @@ def _shown(made: Slim, out: Path, json_: bool) -> None:
     ]
     _show.table("Exits", ["exit", "leave here", "right there"], exits)
     if made.threshold is not None:
-        for proof in (made.threshold.certificate, made.threshold.cost_certificate):
-            if proof is not None:
-                _show.say(proof.sentence())
-        if made.threshold.reason:
-            _show.say(made.threshold.reason, "yellow")
+        _proved(made.threshold)
     if made.likeness is not None:
         _show.say(made.likeness.sentence(), "" if made.likeness.alike else "yellow")
+
+
+def _proved(found: Threshold) -> None:
+    for sentence in found.sentences():
+        _show.say(sentence, "yellow" if sentence == found.reason else "")
 
 
 # ---------------------------------------------------------------- models that are slim
@@ -267,7 +288,7 @@ def _predict(model: str, source: str, batch: int) -> None:
     classifier = open_classifier(model)
     if source != "-" and not Path(source).is_file():
         raise UserError(f"--predict {source}: there is no such file. Give a file with a text a line, or - for stdin.")
-    with sys.stdin if source == "-" else Path(source).open(encoding="utf-8") as lines:
+    with sys.stdin if source == "-" else Path(source).open(encoding="utf-8-sig") as lines:
         ahead = 1 if source == "-" else 8
         for found in classifier.predict(_texts(lines), batch, ahead):
             sys.stdout.write(json.dumps(found.to_dict(), ensure_ascii=False) + "\n")
@@ -276,18 +297,25 @@ def _predict(model: str, source: str, batch: int) -> None:
 
 def _texts(lines: Any) -> Iterator[str | tuple[str, str]]:
     """Read a text a line; a tab stands between the two texts of a pair."""
-    for line in lines:
-        first, tab, second = line.rstrip("\r\n").partition("\t")
-        yield (first, second) if tab else first
+    from ..errors import UserError
+
+    try:
+        for line in lines:
+            first, tab, second = line.rstrip("\r\n").partition("\t")
+            yield (first, second) if tab else first
+    except UnicodeDecodeError as error:
+        raise UserError(f"--predict: the texts are not UTF-8: {error.reason}. Save the file as UTF-8.") from error
 
 
-def _measure(model: str, test: str | None, export: Path | None, json_: bool) -> None:
+def _measure(
+    model: str, test: str | None, export: Path | None, called: dict[str, str] | None, json_: bool
+) -> None:  # fmt: skip
     from ..errors import UserError
     from ..slim.timed import NO_ORIGINAL, timed
 
     if test is None:
         raise UserError("--measure needs --test: rows whose texts are like those that will be answered.")
-    texts = _texts_of(test, "test")
+    texts = _texts_of(test, "test", called)
     with _show.progress():
         found = timed(model, texts, export=export, n_calls=max(50, min(500, len(texts))))
     if json_:
@@ -304,40 +332,39 @@ def _measure(model: str, test: str | None, export: Path | None, json_: bool) -> 
         _show.say("The machine was busy while times were taken: do not trust them, measure again.", "yellow")
 
 
-def _texts_of(source: str, split: str) -> list[str | tuple[str, str]]:
+def _texts_of(source: str, split: str, columns: dict[str, str] | None) -> list[str | tuple[str, str]]:
     from ..slim.data import read
 
-    return [row.text if row.pair is None else (row.text, row.pair) for row in read(source, split).examples]
+    return [row.text if row.pair is None else (row.text, row.pair) for row in read(source, split, columns)]
 
 
 def _recalibrate(
-    model: str, calib: str | None, flops: str | None, max_harm: str | None, exiting: Exiting, out: Path,
-    keep_refused: bool, json_: bool,
+    model: str, calib: str | None, called: dict[str, str] | None, flops: str | None, max_harm: str | None,
+    exiting: Exiting, out: Path | None, keep_refused: bool, json_: bool,
 ) -> None:  # fmt: skip
     from ..errors import UserError
     from ..slim.recalibrate import recalibrated
 
     if calib is None:
         raise UserError("--recalibrate needs --calib: labelled rows that chose nothing else.")
-    _free(out)
+    if out is not None:
+        _free(out)
     with _show.progress():
-        made = recalibrated(model, calib, flops=flops, max_harm=max_harm, exiting=exiting)
-    found = made.threshold
+        made = recalibrated(model, calib, flops=flops, max_harm=max_harm, exiting=exiting, columns=called)
+    found, out = made.threshold, out or Path(model)
     assert found is not None
     if json_:
         _show.emit({"model": str(out), "threshold": found.to_dict()})
     else:
         columns = ["threshold", "cost", "blocks run"]
         _show.table(f"Threshold of {model}", columns, [[found.saved, found.cost, found.exit_layer]])
-        if found.certificate is not None:
-            _show.say(found.certificate.sentence())
-        if found.reason:
-            _show.say(found.reason, "yellow")
+        _proved(found)
     made.save(out, keep_refused=keep_refused, command=_command())
 
 
 def _export(
-    model: str, folder: Path, cuts: str, int8: bool, calib: str | None, keep_refused: bool, json_: bool
+    model: str, folder: Path, cuts: str, int8: bool, calib: str | None, columns: dict[str, str] | None,
+    keep_refused: bool, json_: bool,
 ) -> None:  # fmt: skip
     from ..errors import UserError
     from ..slim.exporting import export_saved
@@ -350,7 +377,9 @@ def _export(
         raise UserError("--int8 is compared with float32 before it is trusted: give --calib, a file of rows.")
     _free(folder, "exits.json", "export")
     with _show.progress():
-        made = export_saved(model, folder, cuts=blocks, int8=int8, calib=calib, keep_refused=keep_refused)
+        made = export_saved(
+            model, folder, cuts=blocks, int8=int8, calib=calib, keep_refused=keep_refused, columns=columns
+        )
     if json_:
         _show.emit(made.to_dict())
         return

@@ -12,6 +12,7 @@ import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -1130,6 +1131,19 @@ def test_progress_goes_to_stderr_as_lines_with_the_time_left(capsys, monkeypatch
     assert err.splitlines()[1].startswith("Work: 1 of 4, ")
     assert err.splitlines()[1].endswith(" s left")
     assert err.splitlines()[2] == "Other: 2"
+
+
+def test_the_time_left_is_that_of_this_work_also_when_it_goes_on_or_comes_again(capsys, monkeypatch):
+    from retouch.cli import _show
+
+    clock = iter([0, 0, 5, 10, 100, 103])
+    monkeypatch.setattr(_show, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    lines = _show._Lines(every_s=0.0)
+    for done, total in ((10, 20), (15, 20), (20, 20), (0, 2), (1, 2)):
+        lines("Work", done, total)
+    assert capsys.readouterr().err.splitlines() == [
+        "Work: 10 of 20", "Work: 15 of 20, 5 s left", "Work: 20 of 20, 0 s left", "Work: 0 of 2", "Work: 1 of 2, 3 s left",
+    ]  # fmt: skip
 
 
 # Other processes

@@ -127,7 +127,7 @@ def progress() -> Iterator[None]:
 
             def draw(what: str, done: float, total: float | None) -> None:
                 if what not in tasks:
-                    tasks[what] = bars.add_task(what, total=total)
+                    tasks[what] = bars.add_task(what, total=total, completed=int(done))
                 bars.update(tasks[what], completed=done, total=total)
                 if total is not None and done >= total:
                     bars.remove_task(tasks.pop(what))
@@ -169,13 +169,15 @@ class _Lines:
 
     def __init__(self, every_s: float = 10.0) -> None:
         self.every_s, self.last = every_s, time.monotonic()
-        self.began: dict[str, float] = {}
+        self.began: dict[str, tuple[float, float]] = {}
 
     def __call__(self, what: str, done: float, total: float | None) -> None:
         now = time.monotonic()
-        began = self.began.setdefault(what, now)
+        since, first = self.began.setdefault(what, (now, done))  # resumed work does not begin at 0
+        if total is not None and done >= total:
+            del self.began[what]  # the next work of this name has a time of its own
         if now - self.last < self.every_s:
             return
         self.last = now
-        left = f", {(now - began) / done * (total - done):.0f} s left" if total and done else ""
+        left = f", {(now - since) / (done - first) * (total - done):.0f} s left" if total and done > first else ""
         sys.stderr.write(f"{what}: {done:g}{f' of {total:g}' if total else ''}{left}\n")

@@ -56,14 +56,14 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-@pytest.fixture(autouse=True)
-def _threads(request: pytest.FixtureRequest) -> None:
+@pytest.hookimpl(tryfirst=True)  # before fixtures of any scope: other numbers of threads add in another order
+def pytest_runtest_setup(item: pytest.Item) -> None:
     """Use one thread: tiny models gain nothing from more and lose much where others compute beside them."""
     if "torch" in sys.modules:
         import torch
 
         alone = "PYTEST_XDIST_WORKER" not in os.environ
-        real = request.node.get_closest_marker("real") is not None
+        real = item.get_closest_marker("real") is not None
         torch.set_num_threads(THREADS if alone and real else 1)
 
 

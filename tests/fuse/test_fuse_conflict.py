@@ -178,7 +178,7 @@ def test_the_report_names_the_worst_weight_and_pair():
     adapters = [Adapter(f"site {i}", p, "base") for i, p in enumerate(parts)]
     report = report_of(measure(adapters), [a.name for a in adapters], "tiny")
     assert report.tables[0].rows[0][0] == "blocks.1.mlp.down"
-    assert "site 0 and site 1 disagree most" in report.summary and "blocks 1 to 1" in report.summary
+    assert "site 0 and site 1 disagree most" in report.summary and "in block 1" in report.summary
     assert to_json(report)["numbers"]["weights"]["blocks.1.mlp.down"]["conflict"] > 0.99
 
 

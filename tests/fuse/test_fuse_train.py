@@ -352,7 +352,7 @@ def test_a_bad_line_is_named(tmp_path: Path, file: str, text: str, message: str)
     (tmp_path / file).write_text(text)
     with pytest.raises(FactError, match=message):
         read_examples(tmp_path / file)
-    with pytest.raises(FactError, match="cannot be read"):
+    with pytest.raises(FactError, match="There is no file or folder"):
         read_examples(tmp_path / "none.tsv")
 
 

@@ -131,6 +131,9 @@ def test_somebody_must_be_asked_about(asking, bundle, tmp_path):
     for history, user, store in (("", "", ""), ("  ", "", address), ("", "ann", "")):
         with pytest.raises(UserError, match=r"Give a history, such as --history .* or a user with --store"):
             answer_for(bundle, history, user, store)
+    with pytest.raises(UserError, match="There is no store at"):
+        answer_for(asking, "", "ann", address, ask=True)
+    open_store(address).close()
     with pytest.raises(UserError, match="knows no history of user 'ann'"):
         answer_for(asking, "", "ann", address, ask=True)
     with pytest.raises(UserError, match="was opened without its language model"):

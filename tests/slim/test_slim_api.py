@@ -327,7 +327,7 @@ def test_of_several_processes_one_writes_and_speaks(bert, data, tmp_path):
         (("--measure", "--test", "{train}", "--batch", "3"), "Leave out --batch"),
         (("--train", "{train}", "-o", "{out}", "--params", "1/2", "--int8"), "Leave out --int8"),
         (("--train", "{train}", "-o", "{out}", "--params", "1/2", "--html", "/nowhere/x.html"), "--html"),
-        (("--train", "{train}", "-o", "{train}/x", "--params", "1/2"), "cannot be made"),
+        (("--train", "{train}", "-o", "{train}/x", "--params", "1/2"), "cannot be written"),
         (("--train", "{train}", "-o", "{out}", "--params", "1/2", "--method", "linear"), "linear is a yardstick"),
         (("--recalibrate", "--flops", "0.2"), "needs --calib"),
         (("--recalibrate", "--calib", "{train}", "--flops", "0.2"), "which is not slim"),

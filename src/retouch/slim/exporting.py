@@ -104,19 +104,24 @@ def export_saved(
     asked = _asked(record) if rows else None
     network, leaves = classifier.network, record.get("leaves")
     whole = asked is None and bool((record.get("threshold") or {}).get("certificate"))
+    shares = None if cuts is not None or whole or not leaves else {int(l): s for l, s in leaves.items()}
+    texts = [row.text if row.pair is None else (row.text, row.pair) for row in rows]
     with tempfile.TemporaryDirectory() as trial:
-        place = Path(trial) / "export"
-        made = export(
-            network,
-            classifier.tokenizer,
-            place,
-            cuts=cuts,
-            shares=None if cuts is not None or whole or not leaves else {int(l): s for l, s in leaves.items()},
-            max_tokens=classifier.max_tokens,
-            int8=int8,
-            texts=[row.text if row.pair is None else (row.text, row.pair) for row in rows],
-        )
-        found = None if asked is None else _chosen(open_router(place, threads=1), classifier, rows, record, asked)
+        for number, kept in enumerate([None] if shares is None else [shares, None]):
+            place = Path(trial) / f"export{number}"
+            made = export(
+                network,
+                classifier.tokenizer,
+                place,
+                cuts=cuts,
+                shares=kept,
+                max_tokens=classifier.max_tokens,
+                int8=int8,
+                texts=texts,
+            )
+            found = None if asked is None else _chosen(open_router(place, threads=1), classifier, rows, record, asked)
+            if found is None or found.reachable:
+                break  # otherwise once more with all exits: one that few left by may be what the cost needs
         if found is not None:
             if not keep_refused:
                 found.require()

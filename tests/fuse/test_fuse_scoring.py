@@ -221,7 +221,6 @@ def test_the_synthetic_base_learns_its_public_domains_and_no_others():
 
 
 @pytest.mark.slow
-@pytest.mark.patient
 def test_who_learns_single_questions_loses_them_in_composed_prompts():
     model, suite = base(), _synth.synth_cd()
     together = compose.own_domain(suite.test["private 0"], 4)

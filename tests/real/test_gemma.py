@@ -20,7 +20,7 @@ from retouch.stats import bundled_text, sequences
 from retouch.tokens import Text, encode
 from retouch.trace import Trace
 
-pytestmark = [pytest.mark.real, pytest.mark.patient]
+pytestmark = [pytest.mark.real]
 
 NAMES = {
     "attn_q.weight": "self_attn.q_proj.weight",

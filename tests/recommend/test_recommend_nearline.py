@@ -441,7 +441,6 @@ def test_histories_are_read_from_all_kinds_of_files(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.patient
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_ray_writes_the_same_bytes(bundle, users, knowledge, tmp_path, monkeypatch):
     if importlib.util.find_spec("ray") is None:

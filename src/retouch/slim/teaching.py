@@ -253,10 +253,9 @@ def hidden_states(
         for rows in track(order(encoded, batch_size, seed=None), "Teacher's hidden states"):
             batch = numbered(encoded, rows, accelerator.device)
             seen = network.levels(**inputs_of(batch), exits=()).hidden
-            shown = torch.stack([seen[level] for level in which], 2)[batch["attention_mask"].bool()]
-            begin = starts[rows]
-            places = torch.cat([torch.arange(b, b + encoded.lengths[row]) for b, row in zip(begin.tolist(), rows)])
-            states[places] = shown.half().cpu()
+            real = batch["attention_mask"].bool()
+            places = starts[rows].unsqueeze(1) + torch.arange(real.shape[1])
+            states[places[real.cpu()]] = torch.stack([seen[level] for level in which], 2)[real].half().cpu()
     return Hidden(states, starts)
 
 

@@ -10,13 +10,15 @@ import slim_toy as toy
 
 import families
 from retouch.errors import BoundRefused, SettingsError, UserError
-from retouch.slim._asked import Exiting, check, planned, task_of
+from retouch.slim._asked import Exiting, check, needed_depth, planned, task_of
 from retouch.slim._parts import part_key
 from retouch.slim.api import fit
 from retouch.slim.base import Budget, Size
 from retouch.slim.clock import between, spread
 from retouch.slim.linear import Linear
 from retouch.slim.opening import Source
+from retouch.slim.rules import Rule
+from retouch.slim.table import Table
 
 SIZE = Size(12, 768, 12, 3072, vocab=30522, positions=512, token_types=2, classes=2)
 
@@ -159,3 +161,50 @@ def test_seconds_are_read_off_between_short_and_long_texts():
     read = between(lengths, at, [[m, 2 * m] for m in at])
     inner = (lengths >= at[0]) & (lengths <= at[-1])
     assert np.allclose(read[inner], np.stack([lengths, 2 * lengths], 1)[inner])
+
+
+# ---------------------------------------------------------------- how deep texts must run
+
+
+def says(right, sure):
+    """Three exits of two classes on rows of class 0: which are right, and how far apart their logits are."""
+    logits = np.zeros((3, len(right[0]), 2))
+    logits[..., 0] = np.where(right, 1, -1) * np.asarray(sure)[:, None] / 2
+    logits[..., 1] = -logits[..., 0]
+    return Table(logits, (0, 1, 2), np.zeros(len(right[0]), dtype=int), np.full(len(right[0]), 8))
+
+
+def test_depth_is_what_the_exits_need():
+    every, none = [True] * 100, [False] * 100
+    assert needed_depth(says([every] * 3, [1, 2, 3]), Rule(), "accuracy") == 1
+    assert needed_depth(says([none, none, every], [1, 2, 3]), Rule(), "accuracy") == 3
+    assert needed_depth(says([none, every, every], [1, 2, 3]), Rule(), "accuracy") == 2
+    one = [False, *every[1:]]  # one in a hundred may be lost, two may not
+    assert needed_depth(says([one, every, every], [1, 2, 3]), Rule(), "accuracy") == 1
+    assert needed_depth(says([[False, *one[1:-1], False], every, every], [1, 2, 3]), Rule(), "accuracy") == 2
+    assert needed_depth(says([none] * 3, [1, 2, 3]), Rule(), "accuracy") == 3
+
+
+def planned_for(folder, **settings):
+    told = []
+    original = Source(toy.model(3), toy.tokenizer(), "tiny/bert", None)
+    made = fit(
+        original,
+        task(),
+        budget=Budget("3/4", 0.12),
+        method=toy.method(**settings),
+        folder=folder,
+        told=lambda plan, _: told.append(plan),
+    )
+    return made, told
+
+
+def test_weak_exits_make_the_plan_deeper_and_are_told(tmp_path, monkeypatch):
+    as_planned, told = planned_for(tmp_path)  # the first exit can do this task
+    assert as_planned.classifier.network.widths == told[0].widths and len(told) == 1
+    monkeypatch.setattr("retouch.slim.api.needed_depth", lambda table, rule, metric: 1.5)
+    made, told = planned_for(tmp_path)
+    assert made.plan.mean_depth == told[1].mean_depth >= 1.5 > told[0].mean_depth
+    assert made.plan.widths == made.classifier.network.widths == told[1].widths != told[0].widths
+    kept, told = planned_for(tmp_path, depth="plan")
+    assert kept.classifier.network.widths == told[0].widths and len(told) == 1

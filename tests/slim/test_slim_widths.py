@@ -370,14 +370,15 @@ def expected(plan, lengths):
     return embed + plan.mean_depth / size.blocks * (plan.flops_ratio - embed)
 
 
-def slow_search(size, budget, lengths, exits):
+def slow_search(size, budget, lengths, exits, depth):
     """The search as loops over all points and lengths."""
     step, rank_step = max(8, size.d_ff // 48 // 8 * 8), max(4, size.d_model // 96)
     d_ffs = sorted({*range(step, size.d_ff + 1, step), size.d_ff})
     ranks = [None] + [r for r in range(rank_step, size.d_model, rank_step) if r < rank_limit(size)]
     found, blocks = [], size.blocks
     base = sum(base_cost(size, t) for t in lengths)
-    for heads, d_ff, rank in itertools.product(range(max(1, size.heads // 6), size.heads + 1), d_ffs, ranks):
+    fewest = 1 if depth else max(1, size.heads // 6)
+    for heads, d_ff, rank in itertools.product(range(fewest, size.heads + 1), d_ffs, ranks):
         widths = Widths.uniform(size, heads, d_ff, rank, exits)
         embed = sum(2 * t * (rank or 0) * size.d_model for t in lengths)
         run = sum(cost(size, widths, t, blocks - 1) for t in lengths) - embed
@@ -388,23 +389,34 @@ def slow_search(size, budget, lengths, exits):
         ):
             kept = heads / size.heads * d_ff / size.d_ff * (rank or size.d_model) / size.d_model * share
             found.append((-round(math.log(kept), 9), count, share * blocks))
-    return min(found, default=None)
+    most = max((depth for _, _, depth in found), default=0)
+    return min((one for one in found if one[2] >= min(depth, 0.95 * most) - 1e-9), default=None)
 
 
-@given(originals(), st.none() | shares, st.none() | shares, token_counts, st.data())
+@given(originals(), st.none() | shares, st.none() | shares, token_counts, st.sampled_from([0, 0, 1.7, 3.3]), st.data())
 @settings(max_examples=40, deadline=None)
-def test_the_search_equals_the_slow_one(size, params, flops, lengths, data):
+def test_the_search_equals_the_slow_one(size, params, flops, lengths, depth, data):
     assume(params or flops)
     exits = data.draw(st.none() | st.sets(st.integers(0, size.blocks - 1)))
     budget = Budget(params, flops)
-    want = slow_search(size, budget, lengths, exits)
+    want = slow_search(size, budget, lengths, exits, depth)
     if want is None:
         with pytest.raises(UserError, match="No widths reach"):
-            search(size, budget, lengths, exits)
+            search(size, budget, lengths, exits, depth=depth)
         return
-    plan = search(size, budget, lengths, exits)
+    plan = search(size, budget, lengths, exits, depth=depth)
     assert parameters(size, plan.widths) == want[1] and plan.mean_depth == pytest.approx(want[2], abs=1e-6)
     assert plan.widths.exits == size.exits(exits)
+
+
+@pytest.mark.parametrize("depth", [3.0, 4.2, 5.4])
+def test_width_gives_way_to_depth(depth):
+    budget = Budget("1/8", "1/19")
+    usual, deeper = search(MINILM, budget, [32]), search(MINILM, budget, [32], depth=depth)
+    assert deeper.mean_depth >= depth > usual.mean_depth
+    assert deeper.params_ratio <= 1 / 8 and expected(deeper, [32]) <= 1 / 19 + 1e-9
+    kept = [w.heads[0] * w.d_ff[0] for w in (usual.widths, deeper.widths)]
+    assert kept[1] < kept[0]
 
 
 def found(size, budget, lengths):

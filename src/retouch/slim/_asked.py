@@ -7,16 +7,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from ..errors import BoundRefused, SettingsError, UserError
+from ._quality import quality
 from .base import Budget, Plan, Size, SlimMethod
 from .data import Task, make_task
 from .opening import Source, named_labels
 from .published import published
 from .risk import Risk, too_few
 from .rules import Rule, due
+from .table import Table, grid, leaving
 from .widths import plan_of, search
 
-__all__ = ["Exiting", "check", "planned", "risk_of", "task_of"]
+__all__ = ["Exiting", "check", "needed_depth", "planned", "risk_of", "task_of"]
 
 _log = logging.getLogger(__name__)
 
@@ -163,9 +167,11 @@ def _classes(task: Task) -> int:
 
 def planned(
     size: Size, budget: Budget, lengths: Sequence[int], exits: Sequence[int] | None, ask: Exiting, method: SlimMethod,
-    widths: Mapping[str, int | None],
+    widths: Mapping[str, int | None], depth: float = 0.0,
 ) -> Plan:  # fmt: skip
     """Return the plan of a budget: searched, or with the preset ``paper`` the published widths that it names.
+
+    Where `depth` is given, examples may run so many blocks on average if the budget can reach it.
 
     Raises:
         UserError: Nothing fits; the message names the nearest that can be reached.
@@ -176,4 +182,23 @@ def planned(
     known = published(size, budget, found) if method.preset == "paper" and not fixed else None
     if known is not None:
         return plan_of(size, known, lengths, budget.flops, asked)
-    return search(size, budget, lengths, found, asked=asked, **fixed)
+    return search(size, budget, lengths, found, asked=asked, depth=depth, **fixed)
+
+
+def needed_depth(table: Table, rule: Rule, metric: str, kept: float = 0.99) -> float:
+    """Return how many blocks texts must run on average, at least, for a network's exits to keep its quality.
+
+    Args:
+        table: What its exits say, with labels.
+        rule: Which exits are asked, and how.
+        metric: The task's.
+        kept: Share of the best quality of all thresholds that is to be kept.
+    """
+    assert table.labels is not None
+    where = leaving(table, rule, grid(table, rule))
+    answered = table.taken(where, table.answers())
+    classes = table.classes if table.classes > 1 else None
+    found = np.array([quality(metric, column, table.labels, classes) for column in answered.T])
+    if found.max() <= 0:
+        return float(table.n_blocks)
+    return float((where.mean(axis=0) + 1)[found >= kept * found.max()].min())

@@ -27,6 +27,7 @@ from .network import SlimForSequenceClassification, network_of, plain_config
 from .presets import Stage, Stages, TrainingSettings, stages
 from .processes import state
 from .schedule import steps, timetable
+from .table import Table
 from .teaching import Hidden, Teacher, answers, hidden_bytes, hidden_states, qualities
 from .training import Course, train
 
@@ -54,6 +55,7 @@ class BaseRun:
         folder: Where stages are kept; None: in the cache.
         max_harm: The limit of the constraint, for methods that train with one.
         accelerator: Where it runs; None makes one.
+        deepen: Gives a plan for what the exits of a trained network say about the validation rows; None: the plan stays.
 
     Raises:
         UserError: Task, model and plan do not fit each other.
@@ -69,8 +71,10 @@ class BaseRun:
         folder: str | Path | None = None,
         max_harm: float | None = None,
         accelerator: Accelerator | None = None,
+        deepen: Callable[[Table], Plan] | None = None,
     ) -> None:
         self.task, self.model, self.tokenizer, self.plan, self.method = task, model, tokenizer, plan, method
+        self.deepen = deepen
         self.settings = method if isinstance(method, TrainingSettings) else TrainingSettings()
         self.folder = Path(folder) if folder is not None else store.cache_dir() / "slim"
         self.max_harm = max_harm
@@ -214,6 +218,15 @@ class BaseRun:
         """Return how good each exit is on the validation set, by block."""
         valid = self.encoded("valid")
         return qualities(answers(self.accelerator, network, valid), np.asarray(valid.labels), self.task.metric)
+
+    def replan(self, trained: Trained) -> None:
+        """Widths give way where a full-size network's exits are too weak for the depth that was planned."""
+        if self.deepen is None or self.plan.mean_depth >= self.plan.size.blocks:
+            return
+        valid = self.encoded("valid")
+        said = answers(self.accelerator, trained.network, valid)
+        logits = np.stack([said[block].double().numpy() for block in sorted(said)])
+        self.plan = self.deepen(Table(logits, tuple(sorted(said)), np.asarray(valid.labels), np.asarray(valid.lengths)))
 
     def _key(self, work: Assignment, n_steps: int, made_of: Sequence[Any]) -> str:
         return store.key(

@@ -14,7 +14,7 @@ import numpy as np
 from .. import registry
 from ..bound import Certificate
 from ..errors import UserError
-from ._asked import Exiting, check, planned, risk_of, task_of
+from ._asked import Exiting, check, needed_depth, planned, risk_of, task_of
 from .base import Budget, Plan, SlimMethod
 from .data import Task
 from .encoded import encode
@@ -180,10 +180,22 @@ def fit(
     if limits.max_drop is not None:
         return _smallest(opened, task, limits, made, ask, exits, fixed, folder, ladder, told, keep_refused)
     check(task, limits, ask, keep_refused=keep_refused)
-    plan = planned(opened.size(task.labels), limits, _lengths(opened, task, made), exits, ask, made, fixed)
+    size, lengths = opened.size(task.labels), _lengths(opened, task, made)
+    plan = planned(size, limits, lengths, exits, ask, made, fixed)
     if told is not None:
         told(plan, task)
-    return _made(opened, task, limits, plan, made, ask, folder)
+
+    def deepen(table: Table) -> Plan:
+        depth = needed_depth(table, _rule(table, task, ask), task.metric)
+        if depth <= plan.mean_depth:
+            return plan
+        deeper = planned(size, limits, lengths, exits, ask, made, fixed, depth)
+        _log.info("The assistant needs %.2f blocks on average to keep its quality: planned again.", depth)
+        if told is not None:
+            told(deeper, task)
+        return deeper
+
+    return _made(opened, task, limits, plan, made, ask, folder, deepen)
 
 
 def _lengths(opened: Source, task: Task, method: SlimMethod) -> tuple[int, ...]:
@@ -241,10 +253,11 @@ def _chosen(best: Slim, delta: float) -> Slim:
 
 
 def _made(
-    opened: Source, task: Task, budget: Budget, plan: Plan, method: SlimMethod, ask: Exiting, folder: str | Path | None
-) -> Slim:
-    begun = time.monotonic()
-    fitted = fit_method(task, opened.model, opened.tokenizer, plan, method, folder, max_harm=budget.max_harm)
+    opened: Source, task: Task, budget: Budget, plan: Plan, method: SlimMethod, ask: Exiting,
+    folder: str | Path | None, deepen: Callable[[Table], Plan] | None = None,
+) -> Slim:  # fmt: skip
+    begun, harm = time.monotonic(), budget.max_harm
+    fitted = fit_method(task, opened.model, opened.tokenizer, plan, method, folder, max_harm=harm, deepen=deepen)
     record = {
         "source": opened.name,
         "task": {
@@ -258,7 +271,11 @@ def _made(
         "history": fitted.history,
         "seconds_training": round(time.monotonic() - begun, 1),
     }
-    return calibrated(fitted, opened.tokenizer, task, budget, plan, method, ask, record)
+    return calibrated(fitted, opened.tokenizer, task, budget, fitted.plan, method, ask, record)
+
+
+def _rule(valid: Table, task: Task, ask: Exiting) -> Rule:
+    return ask.rule_for(task, fit_temperatures(valid) if ask.temperatures and task.labels is not None else None)
 
 
 def calibrated(
@@ -269,7 +286,7 @@ def calibrated(
     network, max_tokens = fitted.network, _max_tokens(method)
     tables = Tables(fitted, tokenizer, task, max_tokens)
     valid = tables.of("valid")
-    rule = ask.rule_for(task, fit_temperatures(valid) if ask.temperatures and task.labels is not None else None)
+    rule = _rule(valid, task, ask)
     lambdas = grid(valid, rule)
     threshold = _threshold(tables, task, budget, rule, lambdas, ask)
     network.config.rule, network.config.every, network.config.min_block = rule.name, rule.every, rule.min_block

@@ -53,6 +53,9 @@ class CostEff(TrainingSettings, SlimMethod):
     score_loss: Literal["exits_ce", "paper", "final_only"] = setting("exits_ce", "The loss that scores are slopes of.")
     widths: Literal["uniform", "global"] = setting("uniform", "Equal widths, or blocks compete for the same total.")
     weighted_embedding: bool = setting(True, "The embedding's factors mind how often a token occurs.")
+    depth: Literal["plan", "assistant"] = setting(
+        "assistant", "Mean depth: as planned, or deeper and narrower where the assistant's exits need it."
+    )
     n_cuts: int = setting(0, "Cuts; 1: all at once; 0: the preset's (fast 5, paper one a head).", ge=0)
     constrained: bool = setting(False, "Add the labels' loss to the last stage at a price that the limit of harm sets.")
     price_step: float = setting(0.1, "How fast that price rises.", gt=0)
@@ -67,6 +70,8 @@ class CostEff(TrainingSettings, SlimMethod):
         stages = self.altered(run.stages)
         original = run.original(stages.finetune)
         assistant, begin = self._teacher(run, original, stages)
+        if assistant is not None and self.depth == "assistant":
+            run.replan(assistant)
         teacher = assistant or original
         slim = run.slenderised(begin, teacher, self.scoring(), stages.slenderise, equilibrium=self.equilibrium)
         slim = run.recovered(slim, teacher, stages.recover_hidden, equilibrium=self.equilibrium)

@@ -25,6 +25,7 @@ from .data import Task
 from .network import SlimForSequenceClassification, from_encoder, with_exits
 from .presets import Stage
 from .schedule import n_cuts, widths_after
+from .table import Table
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -42,6 +43,7 @@ class Fitted:
         original: The fine-tuned original with its one exit.
         history: The record of each stage, in order.
         key: Of everything that made `network`.
+        plan: Whose widths it has, or was made by.
     """
 
     network: SlimForSequenceClassification
@@ -49,6 +51,7 @@ class Fitted:
     original: SlimForSequenceClassification
     history: list[dict[str, Any]]
     key: str
+    plan: Plan
 
 
 def fit(
@@ -61,6 +64,7 @@ def fit(
     *,
     max_harm: float | None = None,
     accelerator: Accelerator | None = None,
+    deepen: Callable[[Table], Plan] | None = None,
 ) -> Fitted:
     """Train what a method makes of a model.
 
@@ -76,6 +80,7 @@ def fit(
         folder: Where stages are kept; by default in the cache.
         max_harm: The limit of the constraint, for methods that train with one.
         accelerator: Where it runs; by default one is made: all devices that `accelerate launch` gives.
+        deepen: See `Run`.
 
     Returns:
         The networks, before any threshold is chosen.
@@ -84,7 +89,7 @@ def fit(
         UserError: Task, model and plan do not fit each other, or the task cannot be learnt.
         RetouchError: A stage diverged.
     """
-    fitted: Fitted = method.fit(Run(task, source, tokenizer, plan, method, folder, max_harm, accelerator))
+    fitted: Fitted = method.fit(Run(task, source, tokenizer, plan, method, folder, max_harm, accelerator, deepen))
     return fitted
 
 
@@ -218,7 +223,7 @@ class Run(BaseRun):
             if one is not None:
                 one.network.cpu().eval()
         shown = None if assistant is None else assistant.network
-        return Fitted(network.network, shown, original.network, list(self.history), network.key)
+        return Fitted(network.network, shown, original.network, list(self.history), network.key, self.plan)
 
     def _given(self, model: SlimForSequenceClassification) -> Trained:
         """Return a copy of a classifier; a regression's answers stay, in standardised units as after stage 0."""

@@ -201,7 +201,7 @@ def plan_of(
             f"These widths cannot reach flops {flops:g}: leaving at the first exit, after block {first}, already "
             f"costs {_shown(least)}. Ask for more, or for narrower blocks."
         )
-    return Plan(size, widths, params, full, share * size.blocks)
+    return Plan(size, widths, params, full, float(share * size.blocks))
 
 
 # ---------------------------------------------------------------- from a budget to a plan
@@ -217,6 +217,7 @@ def search(
     heads: int | None = None,
     d_ff: int | None = None,
     rank: int | None = None,
+    depth: float = 0.0,
 ) -> Plan:
     """Choose uniform widths within a budget: the largest product of the shares kept of every resource.
 
@@ -232,6 +233,8 @@ def search(
         heads: Fixes the heads; the rest is still searched.
         d_ff: Fixes the MLP neurons.
         rank: Fixes the embedding's rank; 0 leaves the table whole.
+        depth: An example must be allowed to run at least so many blocks on average, or nearly as many as can be reached
+            (then a single head may do).
 
     Raises:
         UserError: The budget has no sizes, a fixed width is not possible, or nothing fits; then the message names the
@@ -247,8 +250,9 @@ def search(
         raise UserError("max_drop is found by training several sizes; a search for widths needs params or flops.")
     found = size.exits(exits)
     first = (asked or found)[0]
-    points = replace(_Points.of(size, _axes(size, heads, d_ff, rank), _lengths(lengths), found), first_exit=first)
-    best = points.best(budget)
+    axes = _axes(size, heads, d_ff, rank, 1 if depth else max(1, size.heads // 6))
+    points = replace(_Points.of(size, axes, _lengths(lengths), found), first_exit=first)
+    best = points.best(budget, depth)
     if best is None:
         raise UserError(points.nearest(budget))
     return plan_of(size, Widths.uniform(size, *points.widths(best), found), lengths, budget.flops, asked)
@@ -290,11 +294,13 @@ class _Points:
             return np.ones_like(self.full)
         return np.minimum(1.0, (flops - self.embed) / (self.full - self.embed))
 
-    def best(self, budget: Budget) -> int | None:
+    def best(self, budget: Budget, depth: float = 0.0) -> int | None:
         share = self.share(budget.flops)
         kept = np.flatnonzero((self.params <= (budget.params or math.inf)) & (share >= self.least_share - _SLACK))
         if not kept.size:
             return None
+        # the very deepest point pays with all of its embedding, so a little less than that must do
+        kept = kept[share[kept] >= min(depth / self.size.blocks, 0.95 * share[kept].max()) - _SLACK]
         score = np.round(self.product(kept) + np.log(share[kept]), 12)  # equal products differ in their last digits
         return int(kept[np.lexsort((self.full[kept], self.params[kept], -score))[0]])
 
@@ -329,12 +335,14 @@ class _Points:
         )
 
 
-def _axes(size: Size, heads: int | None, d_ff: int | None, rank: int | None) -> tuple[list[int], list[int], list[int]]:
+def _axes(
+    size: Size, heads: int | None, d_ff: int | None, rank: int | None, fewest: int
+) -> tuple[list[int], list[int], list[int]]:
     """Return the values of heads, d_ff and rank that are tried."""
     step, limit = max(8, size.d_ff // 48 // 8 * 8), rank_limit(size)
     ranks = [r for r in range(max(4, size.d_model // 96), math.ceil(limit), max(4, size.d_model // 96)) if r < limit]
     return (
-        _fixed("heads", heads, 1, size.heads) or list(range(max(1, size.heads // 6), size.heads + 1)),
+        _fixed("heads", heads, 1, size.heads) or list(range(fewest, size.heads + 1)),
         _fixed("d_ff", d_ff, 1, size.d_ff) or sorted({*range(step, size.d_ff + 1, step), size.d_ff}),
         _fixed("rank", rank, 0, math.ceil(limit) - 1) or [0, *ranks],
     )

@@ -10,7 +10,7 @@ import pytest
 
 import retouch
 
-HEAVY = ("torch", "transformers", "peft", "pydantic", "scipy", "ray", "matplotlib", "yaml", "numpy")
+HEAVY = ("torch", "transformers", "peft", "pydantic", "scipy", "ray", "matplotlib", "yaml", "numpy", "fastapi")
 
 
 def fresh(code: str) -> str:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retouch.progress import listen, report, track
+from retouch.progress import Pace, listen, report, track
 
 
 class Heard(list):
@@ -93,3 +93,12 @@ def test_threads_do_not_hear_each_other():
             thread.join()
     assert mine == []
     assert all({w for w, _, _ in heard[n]} == {n} and len(heard[n]) == 21 for n in "ab")
+
+
+def test_the_time_left_goes_by_the_pace_of_this_work():
+    pace = Pace()
+    told = [pace.left_s("work", done, total, now) for now, done, total in ((0, 10, 20), (5, 15, 20), (10, 20, 20))]
+    assert told == [None, 5.0, 0.0]  # resumed at 10
+    assert pace.left_s("work", 0, 2, 100) is None  # the next of its name
+    assert pace.left_s("work", 1, 2, 103) == 3.0
+    assert pace.left_s("other", 5, None, 103) is None

@@ -225,3 +225,17 @@ def test_settings_written_as_flags_come_back(n, rate, blocks, faithful):
 
 def _written(value: object) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value).lower()
+
+
+def test_a_form_has_the_choices_and_the_default_as_a_flag_takes_it():
+    fields = {f.name: f for f in [*fields_of(Broad), *fields_of(Either)]}
+    assert fields["metric"].choices == ("identity", "covariance")
+    assert all(not f.choices for name, f in fields.items() if name != "metric")
+    assert [fields[n].written for n in ("n_strokes", "faithful", "limit", "width")] == ["3", "false", "", "1.0"]
+    for made in (Broad(), Either()):
+        assert from_flags(type(made), [f"--{f.name}={f.written}" for f in fields_of(type(made)) if f.written]) == made
+
+
+def test_a_list_is_written_as_a_flag_takes_it():
+    field = dataclasses.replace(fields_of(Brush)[4], default=(3, 4))
+    assert from_flags(Brush, [f"--blocks={field.written}"]).blocks == (3, 4)

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import change as changes
 from .change import Change
 
-__all__ = ["Entry", "load_entry"]
+__all__ = ["Entry", "facts_in_words", "load_entry", "status_in_words"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,3 +88,14 @@ def load_entry(folder: Path, line: Mapping[str, Any], seen: Mapping[int, Mapping
     if change is not planned and len(change.facts) + len(removed) != len(planned.facts):
         raise ValueError(f"the facts of number {number} do not add up")
     return Entry(number, change, line["when"], status, line.get("until"), planned, removed, seen.get(number, {}))
+
+
+def status_in_words(line: Mapping[str, Any]) -> str:
+    """Say whether the change of a line, as `Entry.to_dict` or a log has it, is in force."""
+    return f"{line['status']}, below a later one" if line.get("in_force") else str(line["status"])
+
+
+def facts_in_words(line: Mapping[str, Any]) -> str:
+    """Count the facts of a line, and how many there were if some were taken out one by one: ``2 of 3``."""
+    gone = len(line.get("removed", ()))
+    return f"{len(line['facts'])} of {len(line['facts']) + gone}" if gone else str(len(line["facts"]))

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TypeVar
 
-__all__ = ["Listener", "listen", "report", "track"]
+__all__ = ["Listener", "Pace", "listen", "report", "track"]
 
 T = TypeVar("T")
 Listener = Callable[[str, float, float | None], None]
@@ -43,3 +43,24 @@ def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T
     for done, item in enumerate(items, 1):
         yield item
         report(what, done, total)
+
+
+class Pace:
+    """How long each work will take, by its own pace so far; for listeners."""
+
+    def __init__(self) -> None:
+        self._began: dict[str, tuple[float, float]] = {}
+
+    def left_s(self, what: str, done: float, total: float | None, now: float) -> float | None:
+        """Return the seconds that `what` still needs, or None while nobody can know it.
+
+        Args:
+            what: The work, as its listener hears it.
+            done: As its listener hears it.
+            total: As its listener hears it.
+            now: The time, s.
+        """
+        since, first = self._began.setdefault(what, (now, done))  # resumed work does not begin at 0
+        if total is not None and done >= total:
+            del self._began[what]  # the next work of this name has a time of its own
+        return (now - since) / (done - first) * (total - done) if total and done > first else None

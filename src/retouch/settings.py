@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -43,6 +44,20 @@ class Field:
     default: Any
     doc: str
     allowed: str
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The values of a field that takes one of a few words; else none."""
+        return tuple(self.type.split("|")) if re.fullmatch(r"[\w-]+(\|[\w-]+)+", self.type) else ()
+
+    @property
+    def written(self) -> str:
+        """The default as a flag or a form takes it; empty for None."""
+        if self.default is None:
+            return ""
+        if isinstance(self.default, tuple):
+            return ",".join(map(str, self.default))
+        return str(self.default).lower() if isinstance(self.default, bool) else str(self.default)
 
 
 @dataclasses.dataclass(frozen=True)

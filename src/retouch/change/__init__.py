@@ -18,8 +18,8 @@ from .applying import (
     prove_stored,
     side_by_side,
 )
-from .folder import FORMAT, load, save, versions
-from .parts import Change, Dense, LowRank, Part, matrix_of, with_report
+from .folder import FORMAT, load, read_record, save, versions
+from .parts import Change, Dense, LowRank, Part, filled, matrix_of, measured_facts, with_report
 
 __all__ = [
     "FORMAT",
@@ -34,10 +34,13 @@ __all__ = [
     "combine",
     "compose",
     "edited",
+    "filled",
     "from_peft",
     "load",
     "matrix_of",
+    "measured_facts",
     "prove_stored",
+    "read_record",
     "save",
     "side_by_side",
     "to_peft",

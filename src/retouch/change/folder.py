@@ -15,7 +15,7 @@ from .. import __version__, store
 from ..errors import StoreError
 from .parts import Change, Dense, LowRank, Part
 
-__all__ = ["FORMAT", "load", "save", "versions"]
+__all__ = ["FORMAT", "load", "read_record", "save", "versions"]
 
 FORMAT = 1
 
@@ -57,7 +57,7 @@ def load(path: str | Path) -> Change:
     """
     path = Path(path)
     store.check_folder(path)
-    record = _record(path)
+    record = read_record(path)
     parts, columns = _parts(path, store.load_tensors(path / "change.safetensors"))
     change = Change(
         **{n: record[n] for n in _RECORD},
@@ -74,7 +74,12 @@ def load(path: str | Path) -> Change:
 _RECORD = {"method": str, "base": str, "settings": dict, "notes": dict, "report": dict}
 
 
-def _record(path: Path) -> dict[str, Any]:
+def read_record(path: Path) -> dict[str, Any]:
+    """Read what a saved change says of itself, without its factors: its facts, settings and measurements.
+
+    Raises:
+        StoreError: It is no change of ours, or its record is damaged.
+    """
     record = store.read_json(path / "retouch.json")
     record = record if isinstance(record, dict) else {}
     if record.get("kind") != "change" or record.get("format") != FORMAT:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -13,7 +14,18 @@ from torch import Tensor
 from .. import linalg, store
 from ..model import Model
 
-__all__ = ["Change", "Dense", "LowRank", "Part", "matrix_of", "path_of", "size_of", "with_report"]
+__all__ = [
+    "Change",
+    "Dense",
+    "LowRank",
+    "Part",
+    "filled",
+    "matrix_of",
+    "measured_facts",
+    "path_of",
+    "size_of",
+    "with_report",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,6 +142,19 @@ class Change:
         """How many numbers the parts hold."""
         return sum(t.numel() for p in self.parts.values() for t in p.tensors().values())
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return for programs what it holds, how it was made and what was measured; of the weights only sizes."""
+        return {
+            "id": self.id,
+            "method": self.method,
+            "base": self.base,
+            "settings": dict(self.settings),
+            "facts": [dict(f) for f in self.facts],
+            "weights": self.norms(),
+            "numbers": self.n_numbers,
+            "report": dict(self.report),
+        }
+
     def norms(self, model: Model | None = None) -> dict[str, dict[str, float]]:
         """Measure each part: Frobenius norm, spectral norm, rank, and the share of the weight's norm."""
         rows = {}
@@ -139,6 +164,27 @@ class Change:
             if model is not None:
                 rows[name]["share_of_weight"] = frobenius / float(matrix_of(model, name).norm())
         return rows
+
+
+def filled(fact: Mapping[str, Any]) -> str:
+    """Return the prompt of a fact's record with the subject in it."""
+    return str(fact.get("prompt", "")).replace("{}", str(fact.get("subject", "")), 1)
+
+
+def measured_facts(
+    facts: Sequence[Mapping[str, Any]], effect: Sequence[Mapping[str, float]] = ()
+) -> list[dict[str, Any]]:
+    """Return ``prompt``, ``target`` and ``truth`` of facts, and the target's probability if it was measured.
+
+    Args:
+        facts: Their records.
+        effect: The measured mean -log P of each target, nats; ``before`` and ``after`` are left out unless all have one.
+    """
+    rows = [{"prompt": filled(f), "target": f.get("target"), "truth": f.get("truth")} for f in facts]
+    if len(effect) != len(rows):
+        return rows
+    pairs = [{"before": math.exp(-e["nll_before"]), "after": math.exp(-e["nll_after"])} for e in effect]
+    return [row | pair for row, pair in zip(rows, pairs)]
 
 
 def with_report(change: Change, report: Mapping[str, Any]) -> Change:

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from . import _show, bench, edit, fuse, locate, look, model, recommend, slim
+from . import _show, bench, edit, fuse, locate, look, model, recommend, slim, web
 
 __all__ = ["app", "main"]
 
@@ -34,7 +34,7 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-for module in (edit, model, look, locate, slim):
+for module in (edit, model, look, locate, slim, web):
     module.add_to(app)
 app.add_typer(bench.app, name="bench")
 app.add_typer(fuse.app, name="fuse")

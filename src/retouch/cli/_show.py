@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..progress import Pace
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -168,16 +170,13 @@ class _Lines:
     """A line every few seconds, for logs."""
 
     def __init__(self, every_s: float = 10.0) -> None:
-        self.every_s, self.last = every_s, time.monotonic()
-        self.began: dict[str, tuple[float, float]] = {}
+        self.every_s, self.last, self.pace = every_s, time.monotonic(), Pace()
 
     def __call__(self, what: str, done: float, total: float | None) -> None:
         now = time.monotonic()
-        since, first = self.began.setdefault(what, (now, done))  # resumed work does not begin at 0
-        if total is not None and done >= total:
-            del self.began[what]  # the next work of this name has a time of its own
+        left_s = self.pace.left_s(what, done, total, now)
         if now - self.last < self.every_s:
             return
         self.last = now
-        left = f", {(now - since) / (done - first) * (total - done):.0f} s left" if total and done > first else ""
+        left = "" if left_s is None else f", {left_s:.0f} s left"
         sys.stderr.write(f"{what}: {done:g}{f' of {total:g}' if total else ''}{left}\n")

@@ -14,9 +14,6 @@ from ._settings import EXTRA, method_of
 
 __all__ = ["add_to"]
 
-_SAID = 0.5
-"""An answer that is likelier than this comes first."""
-
 
 def add_to(app: typer.Typer) -> None:
     """Register the commands."""
@@ -90,21 +87,15 @@ def edit(
         done = edit_facts(ledger, wanted, chosen, max_harm=max_harm, confidence=confidence or 0.95)
     out = out or Path(f"{done.change.method}-{done.change.id}")
     save(done.change, out)
-    warnings = list(dict.fromkeys(w for f in done.change.notes.get("facts", ()) for w in f.get("warnings", ())))
     if json_:
-        told = {"change": str(out), "id": done.change.id, "method": done.change.method, "warnings": warnings}
+        told = {"change": str(out), "id": done.change.id, "method": done.change.method, "warnings": done.warnings}
         _show.emit({**told, "report": dict(done.change.report)})
         return
     rows = [
         [f.filled, f.target, f"{_p(e['nll_before'])} -> {_p(e['nll_after'])}"] for f, e in zip(done.facts, done.effect)
     ]
     _show.table(f"{_show.count(len(done.facts), 'fact')} by {method}", ["prompt", "new answer", "probability"], rows)
-    if unsure := sum(math.exp(-e["nll_after"]) < _SAID for e in done.effect):
-        warnings.append(
-            f"{unsure} of {_show.count(len(rows), 'new answer')} stayed below a probability of {_SAID:g}, so the model may "
-            "still say something else. Ask it, or try another method."
-        )
-    for warning in warnings:
+    for warning in filter(None, [*done.warnings, done.unsure]):
         _show.say(f"note: {warning}", "yellow")
     if done.harm is not None:
         for certificate in done.harm.certificates:

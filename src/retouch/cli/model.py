@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,8 +37,7 @@ def apply(
 ) -> None:
     """Write a new model folder that carries a change; any Hugging Face loader opens it."""
     from ..change import load
-    from ..edit.api import check_effect
-    from ..edit.facts import Fact
+    from ..edit.api import apply_change
     from ..errors import UserError
     from ..ledger import carried, open_ledger, save_ledger, survival
     from ..store import refuse_place
@@ -50,11 +48,8 @@ def apply(
     policy: Any = superseded
     planned, there = load(change), carried(out)
     with _show.progress():
-        before = open_ledger(model)
-        after = before.apply(planned, policy=policy)
+        after = apply_change(open_ledger(model), planned, policy)
         _refuse_loss(there, [e.change.id for e in after.entries], model, change, out)
-        if planned.facts:
-            check_effect(before.model, after.model, [Fact.from_dict(f) for f in planned.facts])
         lost = survival(after, dtype, accept_loss=accept_loss)
         save_ledger(after, out, dtype=dtype, found=there)
     if json_:
@@ -119,6 +114,7 @@ def log(
     json_: _options.Json = False,
 ) -> None:
     """List the changes that a model carries."""
+    from ..entry import facts_in_words, status_in_words
     from ..ledger import read_log
 
     record = read_log(model)
@@ -134,51 +130,43 @@ def log(
         rows = [[c["number"], *row] for c in record["changes"] for row in _facts(c)]
     else:
         columns = ["number", "id", "method", "facts", "status", "when"]
-        rows = [[c["number"], c["id"], c["method"], _count(c), _status(c), c["when"]] for c in record["changes"]]
+        rows = [
+            [c["number"], c["id"], c["method"], facts_in_words(c), status_in_words(c), c["when"]]
+            for c in record["changes"]
+        ]
     _show.table(f"Changes of {model}", columns, rows)
-
-
-def _status(line: Any) -> str:
-    return f"{line['status']}, below a later one" if line.get("in_force") else str(line["status"])
-
-
-def _count(line: Any) -> str:
-    gone = len(line.get("removed", ()))
-    return f"{len(line['facts'])} of {len(line['facts']) + gone}" if gone else str(len(line["facts"]))
 
 
 def _facts(line: Any) -> list[list[Any]]:
     """Rows of a change's facts by their number: those in force, and those taken out one by one."""
+    from ..change import filled
+    from ..entry import status_in_words
+
     removed = {r["fact"]: r for r in line.get("removed", ())}
     rest = iter(line["facts"])
     rows = []
     for i in range(len(line["facts"]) + len(removed)):
         fact = removed.get(i) or next(rest)
-        status = fact["status"] if i in removed else "superseded" if i in line.get("stale", ()) else _status(line)
-        rows.append([i, _filled(fact), fact.get("target"), status])
+        status = (
+            fact["status"] if i in removed else "superseded" if i in line.get("stale", ()) else status_in_words(line)
+        )
+        rows.append([i, filled(fact), fact.get("target"), status])
     return rows
 
 
 def show(change: Annotated[Path, typer.Argument(help="A saved change.")], json_: _options.Json = False) -> None:
     """Show what a change holds: facts, weights, sizes, how it was made, what was measured."""
-    from ..change import load
+    from ..change import load, measured_facts
 
     loaded = load(change)
-    record = {
-        "id": loaded.id,
-        "method": loaded.method,
-        "base": loaded.base,
-        "settings": dict(loaded.settings),
-        "facts": [dict(f) for f in loaded.facts],
-        "weights": loaded.norms(),
-        "numbers": loaded.n_numbers,
-        "report": dict(loaded.report),
-    }
     if json_:
-        _show.emit(record)
+        _show.emit(loaded.to_dict())
         return
     _show.say(f"Change {loaded.id} by {loaded.method}, of model {loaded.base[:12]}", "bold")
-    _show.table("Facts", *_measured(loaded.facts, loaded.report.get("effect", ())))
+    names = {"prompt": "prompt", "target": "new answer", "truth": "old answer", "before": "probability before"}
+    facts = measured_facts(loaded.facts, loaded.report.get("effect", ()))
+    heads = [names.get(name, name) for name in (facts[0] if facts else list(names)[:3])]
+    _show.table("Facts", heads, [list(fact.values()) for fact in facts])
     weights = [[n, int(v["rank"]), v["frobenius"], v["spectral"]] for n, v in loaded.norms().items()]
     _show.table("Weights", ["weight", "rank", "Frobenius norm", "spectral norm"], weights)
     settings: list[list[Any]] = [[k, str(v)] for k, v in loaded.settings.items()]
@@ -188,20 +176,6 @@ def show(change: Annotated[Path, typer.Argument(help="A saved change.")], json_:
             f"Certified {certificate['what']}: at most {certificate['upper']:.4f} (limit {certificate['limit']:g}, "
             f"confidence {certificate['confidence']:g}, n = {certificate['n']})"
         )
-
-
-def _measured(facts: Any, effect: Any) -> tuple[list[str], list[list[Any]]]:
-    """Columns and rows of a change's facts, with the new answers' probabilities if they were measured."""
-    rows = [[_filled(f), f.get("target"), f.get("truth")] for f in facts]
-    heads = ["prompt", "new answer", "old answer"]
-    if len(effect) != len(rows):
-        return heads, rows
-    pairs = [[math.exp(-e["nll_before"]), math.exp(-e["nll_after"])] for e in effect]
-    return [*heads, "probability before", "after"], [row + pair for row, pair in zip(rows, pairs)]
-
-
-def _filled(fact: Any) -> str:
-    return str(fact.get("prompt", "")).replace("{}", str(fact.get("subject", "")), 1)
 
 
 def diff(
@@ -237,21 +211,13 @@ def ask(
     json_: _options.Json = False,
 ) -> None:
     """Let a model continue a text, before and after a change, side by side."""
-    from ..change import apply as carry
     from ..change import load
-    from ..errors import UserError
+    from ..edit.api import ask as asked
     from ..ledger import open_ledger
-    from ..measure import continuations
 
     planned = load(change) if change else None
     with _show.progress():
-        opened = open_ledger(model).model
-        longest = getattr(opened.network.config, "max_position_embeddings", n_tokens)
-        if n_tokens > longest:
-            raise UserError(f"--n-tokens {n_tokens:,} is more than {model} can hold: {longest:,} tokens with the text.")
-        said = {"before" if planned else "answer": continuations(opened, [text], n_tokens)[0].strip()}
-        if planned:
-            said["after"] = continuations(carry(opened, planned), [text], n_tokens)[0].strip()
+        said = asked(open_ledger(model).model, text, planned, n_tokens)
     if json_:
         _show.emit({"text": text, **said})
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,9 +11,10 @@ from typing import Any
 from .. import registry
 from ..bound import certify
 from ..change import Change, with_report
-from ..errors import BoundRefused, NoEffect
-from ..ledger import Ledger
-from ..measure import answers, watched
+from ..change import apply as carry
+from ..errors import BoundRefused, NoEffect, UserError
+from ..ledger import Ledger, Policy
+from ..measure import answers, continuations, watched
 from ..model import Model
 from ..tokens import Text
 from .base import EditMethod, ValueEditMethod
@@ -21,7 +23,10 @@ from .harm import Harm, bystanders, measure_harm
 from .neighbors import stopped
 from .sequence import distinct, plan_next
 
-__all__ = ["Edited", "check_effect", "edit_facts", "plan"]
+__all__ = ["Edited", "apply_change", "ask", "check_effect", "edit_facts", "plan"]
+
+_SAID = 0.5
+"""An answer that is likelier than this comes first."""
 
 _log = logging.getLogger(__name__)
 
@@ -86,6 +91,22 @@ class Edited:
     harm: Harm | None
     facts: tuple[Fact, ...] = ()
 
+    @property
+    def warnings(self) -> list[str]:
+        """What the method warned of, each once."""
+        return list(dict.fromkeys(w for f in self.change.notes.get("facts", ()) for w in f.get("warnings", ())))
+
+    @property
+    def unsure(self) -> str:
+        """A sentence about answers that the model may still not give; empty if there are none."""
+        n, unsure = len(self.effect), sum(math.exp(-e["nll_after"]) < _SAID for e in self.effect)
+        if not unsure:
+            return ""
+        return (
+            f"{unsure} of {n:,} new answer{'' if n == 1 else 's'} stayed below a probability of {_SAID:g}, so the model may "
+            "still say something else. Ask it, or try another method."
+        )
+
 
 def edit_facts(
     model: Model | Ledger,
@@ -144,6 +165,44 @@ def edit_facts(
         report["harm"] = harm.to_dict()
         harm.require()
     return Edited(edited, with_report(change, report), effect, harm, tuple(facts))
+
+
+def apply_change(before: Ledger, change: Change, policy: Policy | None = None) -> Ledger:
+    """Add a change to a model, and prove that its facts became likelier.
+
+    Args:
+        before: The model, with what it carries.
+        change: What is added.
+        policy: What becomes of facts in force that the change is about too; see `Ledger.apply`.
+
+    Raises:
+        WrongBase: The change was planned for another model.
+        StoreError: It is in force already.
+        NoEffect: The weights or the answers did not become what was planned.
+    """
+    after = before.apply(change, policy=policy)
+    if change.facts:
+        check_effect(before.model, after.model, [Fact.from_dict(f) for f in change.facts])
+    return after
+
+
+def ask(model: Model, text: str, change: Change | None = None, n_tokens: int = 16) -> dict[str, str]:
+    """Let a model continue a text, before and after a change.
+
+    Returns:
+        ``answer``; or, with a change, ``before`` and ``after``.
+
+    Raises:
+        UserError: The text is empty, or there are more tokens than the model can hold.
+        WrongBase: The change was planned for another model.
+    """
+    longest = getattr(model.network.config, "max_position_embeddings", n_tokens)
+    if n_tokens > longest:
+        raise UserError(f"{n_tokens:,} new tokens are more than {model.source} can hold: {longest:,} with the text.")
+    said = {"before" if change else "answer": continuations(model, [text], n_tokens)[0].strip()}
+    if change:
+        said["after"] = continuations(carry(model, change), [text], n_tokens)[0].strip()
+    return said
 
 
 def _refuse_stopped(change: Change, method: EditMethod, max_harm: float | None) -> None:

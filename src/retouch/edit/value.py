@@ -8,7 +8,7 @@ chunk are searched together.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -163,9 +163,15 @@ def optimise(
             bystanders=[b.of(chunk.index(b.group)) for b in bystanders if b.group in chunk],
         )
         begin = start and Start(start.delta[chunk], start.reach[chunk], start.pull)
-        values.update(zip(chunk, _descend(search, settings, begin, temperature, flat, settled)))
+        told = _telling(what, len(values), len(chunk), len(groups))
+        values.update(zip(chunk, _descend(search, settings, begin, temperature, flat, settled, told)))
         report(what, len(values), len(groups))
     return [values[g] for g in range(len(groups))]
+
+
+def _telling(what: str, done: int, n: int, total: int) -> Callable[[float], None]:
+    """Tell of a chunk that is being searched: after half of the steps, half of its groups."""
+    return lambda share: report(what, done + share * n, total)
 
 
 def _tail(problem: Problem) -> int:
@@ -211,6 +217,7 @@ def _descend(
     temperature: float | None,
     flat: float,
     settled: Settled | None,
+    told: Callable[[float], None],
 ) -> list[Value]:
     """Search until every group is done or the steps are used up."""
     initial = search.initial
@@ -228,6 +235,7 @@ def _descend(
     live: list[Tensor] = []
     margins, distances = torch.zeros(n, device=device), list[Tensor]()
     for step in range(s.n_steps):
+        told(step / s.n_steps)
         moved = delta.detach().requires_grad_(True)
         terms = search.terms(moved + flat * length[:, None] * _noise(moved, s.seed + step) if flat else moved)
         fit = search.per_group(terms.nll, temperature)

@@ -298,6 +298,7 @@ def test_what_nearline_stored_answers_fresh(shop, address):
         (("--history", "i1", "--store", "sqlite:"), "sqlite: needs a path"),
         (("--history", "i1", "--store", "redis://127.0.0.1:1/0"), "does not answer"),
         (("--history", "i1", "--knowledge", "now", "--llm", "./none"), "There is no model folder './none'."),
+        (("--history", "i1", "--llm", "./none"), "--llm names who is asked with --knowledge now"),
     ],
 )
 def test_for_names_a_mistake(shop, tmp_path, monkeypatch, words, says):
@@ -379,8 +380,9 @@ def test_nearline_reads_columns_of_other_names(shop, tmp_path):
 def test_nearline_goes_back_to_what_was_read_before(shop, tmp_path):
     address, histories = f"sqlite:{tmp_path / 'k.db'}", toy_shop.json_lines(tmp_path / "h.jsonl", n_users=3)
     words = ("nearline", shop.bundle, "--store", address)
-    assert "there is nothing to go back to" in refused(*words, "--rollback")
+    assert "There is no store at" in refused(*words, "--rollback") and not (tmp_path / "k.db").exists()
     kept = open_store(address)
+    assert "there is nothing to go back to" in refused(*words, "--rollback")
     kept.activate("older")
     kept.close()
     waiting = done(*words, "--histories", histories, "--no-activate")
@@ -391,6 +393,17 @@ def test_nearline_goes_back_to_what_was_read_before(shop, tmp_path):
         done(*words, "--rollback", "--json").json["active"]
         == files.read_json(shop.bundle / "retouch.json")["fingerprint"]
     )
+
+
+def test_nearline_forgets_and_says_what_there_was(shop, tmp_path):
+    address = f"sqlite:{tmp_path / 'k.db'}"
+    words = ("nearline", shop.bundle, "--store", address, "--forget", "ann", "--forget", "nobody")
+    assert "There is no store at" in refused(*words) and not (tmp_path / "k.db").exists()
+    kept = open_store(address)
+    kept.append([("ann", "i1")])
+    kept.close()
+    assert done(*words).out == "Removed 1 histories and 0 records of 2 users.\n"
+    assert done(*words, "--json").json["histories"] == 0
 
 
 @pytest.mark.parametrize(
@@ -470,6 +483,27 @@ def test_evaluate_certifies_on_fresh_histories(shop, tmp_path):
 
 def test_evaluate_needs_something_to_evaluate():
     assert "Name a bundle, or a table with --check-table." in refused("evaluate")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--max-harm", 0.1), "--max-harm is the limit for --window"),
+        (("--llm", "smollm2"), "--llm names who is asked for --window"),
+        (("--window", "w.jsonl", "--recompute"), "leave out --window and --reasons"),
+        (("--reasons", "w.jsonl", "--recompute"), "leave out --window and --reasons"),
+        (("--window", "w.jsonl", "--reasons", "w.jsonl"), "give one of them"),
+    ],
+)
+def test_evaluate_refuses_flags_that_would_do_nothing(shop, words, says):
+    assert says in refused("evaluate", shop.bundle, *words)
+
+
+def test_what_comes_next_reads_the_same_columns():
+    from retouch.cli.recommend import _columns
+
+    assert _columns("", "user_id", "item_id", "timestamp") == []
+    assert _columns("csv", "who", "item_id", "") == ["--format", "csv", "--user", "who", "--time", ""]
 
 
 # ------------------------------------------------ data

@@ -13,11 +13,12 @@ from retouch import store
 from retouch.errors import StoreError, UnknownName, UserError
 from retouch.model import wrap
 from retouch.progress import listen
-from retouch.recommend import _seen, api, fetch
+from retouch.recommend import _seen, api, bench, fetch
 from retouch.recommend.bundle import open_bundle
 from retouch.recommend.lwgr import LWGR
 from retouch.recommend.nearline import trigger
 from retouch.recommend.personal import certify_on
+from retouch.recommend.popularity import Popularity
 from retouch.recommend.reference import ReferenceSettings
 from retouch.recommend.splits import CERTIFICATE
 from retouch.report import to_json
@@ -252,6 +253,16 @@ def test_each_bundle_that_is_measured_on_a_window_is_one_look_at_it(saved, tmp_p
     assert attempts == [1, 1, 2]
 
 
+def test_a_salt_is_drawn_once_also_where_files_cannot_be_linked(cache, monkeypatch):
+    def link(*places):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("os.link", link)
+    salt = _seen.own_salt()
+    assert len(salt) == 32 and _seen.own_salt() == salt
+    assert [p.name for p in (store.cache_dir() / "recommend").iterdir()] == ["salt"]
+
+
 def test_no_salt_is_in_a_bundle_and_hashes_tell_nothing_without_it(saved):
     made, bundle = saved
     salt = _seen.own_salt()
@@ -292,6 +303,19 @@ def test_an_interrupted_fit_goes_on_and_ends_the_same(again, tmp_path, llm, monk
     assert trained.count(1) == 1, "the first epoch was not trained again"
     assert equal(second.reference.state_dict(), made.reference.state_dict())
     assert second.certified.line().mean == pytest.approx(made.certified.line().mean, abs=1e-6)
+
+
+@pytest.mark.parametrize("part", ["certificate", "constraint"])
+def test_nobody_to_watch_or_to_certify_on_is_said_before_any_training(shop, tmp_path, part):
+    prepared = shop[1].prepared
+    splits = dataclasses.replace(prepared.splits, **{part: getattr(prepared.splits, part).take(slice(0, 0))})
+    alone = dataclasses.replace(prepared, splits=splits, folder=tmp_path / "work")
+    with pytest.raises(UserError, match=f"kept .*for the {part}"):
+        api.fit(alone, METHOD, REFERENCE)
+    methods = {"popularity": Popularity(), "lwgr": METHOD}
+    with pytest.raises(UserError, match=f"kept .*for the {part}"):
+        bench.run(alone, bench.Bench(methods, REFERENCE), None, tmp_path / "out.json")
+    assert not list(tmp_path.iterdir()), "nothing was trained"
 
 
 def test_the_report_tells_people_and_programs(shop):

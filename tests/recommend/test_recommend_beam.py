@@ -13,7 +13,7 @@ from retouch.errors import RetouchError, UserError
 from retouch.recommend.beam import search
 from retouch.recommend.filters import Living
 from retouch.recommend.new_items import NewItems
-from retouch.recommend.tokenise import Catalogue
+from retouch.recommend.tokenise import Catalogue, assign
 from retouch.recommend.trie import Trie
 
 REQUESTS = 3
@@ -205,3 +205,27 @@ def test_new_items_take_their_even_share_and_other_groups_are_untouched():
         assert now[4] == now[5] == pytest.approx(group / 4)
         assert now[1] + now[2] + now[4] + now[5] == pytest.approx(group)
         assert now[1] / now[2] == pytest.approx(np.exp(was[1] - was[2]), rel=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_shares_are_those_of_a_slow_loop_over_groups(seed):
+    chance = np.random.default_rng(seed)
+    codes = chance.integers(0, 3, (14, 2))
+    old = assign(codes, (3, 3), np.arange(14), [str(i) for i in range(14)])
+    grown = old.grown(chance.integers(0, 3, (6, 2)))
+    log_probs = torch.from_numpy(chance.normal(size=(9, grown.sizes[-1]))).log_softmax(1)
+    prefix = torch.cartesian_prod(torch.arange(3), torch.arange(3))
+    found = NewItems(Writer(1, grown.sizes), grown).corrected(prefix, log_probs)
+    for row, (codes, before, after) in enumerate(zip(prefix.tolist(), log_probs, found)):
+        group = np.flatnonzero((grown.codes[:, :-1] == codes).all(1))
+        new = group[group >= grown.n_trained]
+        if not len(new):
+            assert torch.equal(before, after), row
+            continue
+        wanted = torch.full_like(before, -torch.inf)
+        wanted[grown.codes[new, -1]] = -np.log(len(group))
+        digits = grown.codes[group[group < grown.n_trained], -1]
+        if len(digits):
+            wanted[digits] = before[digits].log_softmax(0) + np.log(len(digits) / len(group))
+        assert torch.allclose(wanted, after, atol=1e-6), row
+    assert grown.shares is grown.shares  # made once, whatever is searched

@@ -351,3 +351,69 @@ def test_beauty_as_published(data_dir, caplog):
     assert 0 < data.notes["no_text"] < 0.001
     assert "have no text" in caplog.text
     assert not any(h[-1] in h[:-1] for h in data.histories)
+
+
+@pytest.mark.parametrize("line", ["", "   ", "\t"])
+def test_a_line_of_blanks_is_no_line(tmp_path, line):
+    (tmp_path / "toy.txt").write_text(f"ann b a\n{line}\nbob a c b\n{line}\ncat c\n{line}")
+    data = load(tmp_path / "toy.txt", min_count=0, allow_missing_text=True)
+    assert taken(data) == SORTED
+    (tmp_path / "twice.txt").write_text(f"ann b a\n{line}\nann c\n")
+    with pytest.raises(UserError, match="line 3: user 'ann' already stands on line 1"):
+        load(tmp_path / "twice.txt", min_count=0, allow_missing_text=True)
+
+
+def test_ids_inside_of_a_map_are_no_text_and_its_keys_count(tmp_path):
+    (tmp_path / "toy.txt").write_text("ann b a\nbob a c b\ncat c\n")
+    fields = {"a": {"item_id": "a", "title": "Amber"}, "b": {"title": "Birch", "asin": "b"}, "c": {"title": "Cedar"}}
+    (tmp_path / "toy.items.json").write_text(json.dumps(fields))
+    data = load(tmp_path / "toy.txt", min_count=0)
+    assert [item.text for item in data.items] == ["Amber", "Birch", "Cedar"]
+    asked = load(tmp_path / "toy.txt", min_count=0, text=("title", "asin"))
+    assert asked.items[1].text == "Birch. Asin: b."
+
+
+def test_a_title_comes_before_another_column_that_is_a_name(tmp_path):
+    (tmp_path / "toy.inter").write_text("user_id:token\titem_id:token\n" + "".join(f"{u}\t{i}\n" for u, i, _ in ROWS))
+    rows = "".join(f"{i}\tAcme\t{title}\n" for i, title in TITLES.items())
+    (tmp_path / "toy.item").write_text(f"item_id:token\tbrand_name:token\ttitle:token\n{rows}")
+    data = load(tmp_path, min_count=0)
+    assert next((item.title, item.text) for item in data.items) == ("Amber", "Amber. Brand name: Acme.")
+
+
+def test_numbers_of_any_length_have_an_order():
+    long = ["9" * 5000, "1" + "0" * 5000, "007", "8", "7", "-1", "x"]
+    assert natural(long) == ["007", "7", "8", "9" * 5000, "1" + "0" * 5000, "-1", "x"]
+
+
+def test_parquet_of_other_writers(tmp_path):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    from decimal import Decimal
+
+    def read(times):
+        ids = {"user_id": ["ann", "ann", "bob"], "item_id": arrow.array([b"a", b"b ", b"a"])}
+        titles = arrow.array([b"Amber", b"Birch", b"Amber"])
+        parquet.write_table(arrow.table({**ids, "timestamp": times, "title": titles}), tmp_path / "data.parquet")
+        return load(tmp_path / "data.parquet", min_count=0)
+
+    big = 2**60
+    data = read([Decimal(big + 1), Decimal(big), Decimal(3)])
+    assert taken(data) == {"ann": ["b", "a"], "bob": ["a"]} and data.times[0].tolist() == [big, big + 1]
+    assert [item.text for item in data.items] == ["Amber", "Birch"]
+    assert read([Decimal("2.5"), Decimal(2), Decimal(3)]).times[0].tolist() == [2_000_000, 2_500_000]
+    fine = arrow.array([1_600_000_000_000_000_000, 1_600_000_000_000_001_000, 0], arrow.timestamp("ns"))
+    assert np.diff(read(fine).times[0]).tolist() == [1]
+    try:
+        import pandas  # noqa: F401
+    except ImportError:
+        with pytest.raises(UserError, match=r"data\.parquet cannot be read: .*Save its times in microseconds"):
+            read(arrow.array([1, 2, 3], arrow.timestamp("ns")))
+
+
+def test_columns_of_a_map_may_stand_in_any_order_and_spelling(tmp_path):
+    (tmp_path / "names.csv").write_text("Title,Price,ItemID\nAmber,3,a\nBirch,4,b\nCedar,5,c\n")
+    bare = csv_file(tmp_path, head="user_id,item_id,timestamp,other")
+    data = load(bare, titles=tmp_path / "names.csv", min_count=0)
+    assert [item.text for item in data.items] == ["Amber", "Birch", "Cedar"]
+    own = load(csv_file(tmp_path, head="user_id,item_id,timestamp,Title", name="own.csv"), min_count=0)
+    assert [item.text for item in own.items] == ["Amber", "Birch", "Cedar"]

@@ -9,9 +9,12 @@ from retouch.model import wrap
 from retouch.recommend.answers import Request
 from retouch.recommend.base import Item
 from retouch.recommend.bundle import open_bundle
+from retouch.recommend.data import Interactions
 from retouch.recommend.grow import add_items, read_new
 from retouch.recommend.ladder import answer
 from retouch.recommend.nearline import coverage, records
+from retouch.recommend.scorer import GenerativeScorer
+from retouch.recommend.splits import Samples
 from retouch.recommend.stores import open_store
 
 NEW = (Item("n1", "quartz river", "quartz river"), Item("n2", "raven on a stone", "raven"))
@@ -45,6 +48,28 @@ def test_old_codes_stay_and_new_items_can_be_recommended(bundle, vectors):
     assert (told.before, told.fingerprint) == (before.fingerprint, after.fingerprint)
     (got,) = answer(after, None, [Request(history=("i1", "n1"), k=26)], beams=26)
     assert got.unknown_items == 0 and {"n2"} < {place.id for place in got.items} and len(got.items) == n
+
+
+def test_reasons_and_likelihoods_of_new_items_and_their_groups_are_those_that_the_answer_goes_by(bundle, tmp_path):
+    before = open_bundle(bundle)
+    drawn = np.random.default_rng(1).normal(size=(500, 8)).astype(np.float32)
+    likes = (before.tokeniser().encode(drawn)[:, None] == before.catalogue.codes[None, :, :-1]).all(2).any(1)
+    np.save(tmp_path / "like.npy", drawn[likes][:2])
+    add_items(bundle, NEW, encoder=str(tmp_path / "like.npy"))
+    grown = open_bundle(bundle)
+    history, n = ("i1", "n1", "i3"), len(grown.items)
+    (got,) = answer(grown, None, [Request(history=history, k=n - 3, explain=True)], beams=n, n_explained=n)
+    told = {reason["id"]: reason["served"] for reason in got.reasons}
+    assert "n2" in told and [told[place.id]["place"] for place in got.items] == list(range(1, n - 2))
+    assert [told[place.id]["score"] for place in got.items] == pytest.approx([p.score for p in got.items], abs=1e-4)
+    taken = tuple(np.array([1, 3, number], np.int32) for number in range(1, n + 1))
+    users = tuple(map(str, taken))
+    data = Interactions("toy", users, grown.items, taken, None, "toy")
+    scorer = GenerativeScorer(grown.reference, grown.catalogue, data, full=True)
+    samples = Samples(np.arange(1, n + 1, dtype=np.int32), np.full(n, 2, np.int32))
+    found = scorer.search(np.array([[0, 0, 0, 0, 1, 3]], np.int32))
+    scores = dict(zip(found.items[0].tolist(), found.scores[0].tolist()))
+    assert scorer.log_likelihood(samples) == pytest.approx([scores[number] for number in range(1, n + 1)], abs=1e-4)
 
 
 def test_records_of_before_are_not_read_for_the_larger_bundle(bundle, vectors, tmp_path, tiny_llama):

@@ -166,3 +166,11 @@ def test_instructions_that_are_not_personal(states, kind):
     assert len(list(books.parameters())) == (2 if kind == "global" else 0)
     if kind == "prompt":
         assert torch.equal(chosen.tokens[0], rows)
+
+
+@pytest.mark.parametrize(
+    "parts", [Instructions(6, 8, n_books=3, n_codewords=4, d_code=5), GlobalInstructions(8, 2), PromptInstructions(torch.ones(4, 8))]
+)  # fmt: skip
+def test_codes_alone_are_those_that_come_with_tokens(parts):
+    state = torch.randn(7, 6, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(parts.codes(state), parts(state).codes)

@@ -268,6 +268,22 @@ def test_what_is_out_of_stock_is_not_shown_unless_asked_for(held):
     assert without.items[0].id != first and with_it.items[0].id == first
 
 
+def test_of_many_categories_the_nearest_are_told(held):
+    many = bundle(n_items=60, names=tuple(f"kind {n}" for n in range(60)))
+    for name, says in (("knd 57", "Did you mean 'kind 57'"), ("zzzz", "Known: kind 0, kind 1, ")):
+        with pytest.raises(UnknownName) as wrong:
+            Ladder(many, None).allowed.check(Filters(categories=(name,)))
+        assert says in str(wrong.value) and str(wrong.value).count("kind ") <= 21
+
+
+def test_categories_and_lists_filter_as_a_loop_over_items_would(held):
+    many = bundle(n_items=60, names=("red", "blue", "green"))
+    filters = Filters(("red", "green"), allow=("i1", "i2", "i3", "i60", "?"))
+    mask = Ladder(many, None).allowed.mask(filters)
+    wanted = [item.id in filters.allow and item.categories[0] in filters.categories for item in many.items]
+    assert mask.tolist() == [False, *wanted]
+
+
 def test_rules_move_items_and_say_so(held):
     plain = told(held, None, Request(history=HISTORY, k=4))
     ruled = told(held, None, Request(history=HISTORY, k=4), per_category=2)

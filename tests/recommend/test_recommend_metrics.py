@@ -128,6 +128,12 @@ def test_a_table_that_cannot_be_checked_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"Row 1: 'high' in column 'R@5' is no number"):
         check_table([{"R@5": "high", "N@5": 0.1}])
     assert check_table([{"R@5": "5%", "N@5": "3%"}]) == ()
+    percent = [
+        {"R@5": 5.34, "N@5": 3.41, "R@10": 9.12, "N@10": 4.6},
+        {"R@5": 0.8, "N@5": 0.5, "R@10": 1.2, "N@10": 0.62},
+    ]
+    assert check_table(percent) == ()
+    assert "ndcg@5 is 0.0060; with recall@5 = 0.0050" in check_table([*percent, {"R@5": 0.5, "N@5": 0.6}])[0]
     with pytest.raises(UserError, match="cannot be read"):
         check_table(tmp_path / "none.csv")
 

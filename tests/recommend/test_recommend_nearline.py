@@ -359,6 +359,19 @@ def test_a_run_does_not_roll_out_what_covers_too_few(bundle, users, knowledge):
     assert 0.5 < done.coverage < 0.95 and knowledge.active() is None
 
 
+def test_a_few_users_of_a_new_bundle_are_no_roll_out(bundle, green, users, knowledge, caplog):
+    refresh(bundle, knowledge, users, SMALL, at_ms=AT, activate=True)
+    few = dict(list(users.items())[:3])
+    done = refresh(green, knowledge, few, SMALL, at_ms=AT, activate=True)
+    assert done.coverage == 1 and knowledge.active() == bundle.fingerprint
+    assert f"which holds {len(users)} users; this one holds 3" in caplog.text
+    refresh(green, knowledge, few, dataclasses.replace(SMALL, coverage=0.0), at_ms=AT, activate=True)
+    assert knowledge.active() == green.fingerprint
+    knowledge.rollback()
+    refresh(green, knowledge, users, SMALL, at_ms=AT, activate=True)
+    assert knowledge.active() == green.fingerprint
+
+
 def test_a_watch_follows_the_stores_changes(bundle, users, knowledge):
     some = dict(list(users.items())[:40])
     knowledge.put_histories(some)
@@ -431,6 +444,7 @@ def test_histories_are_read_from_all_kinds_of_files(tmp_path):
         ('{"user": "a", "items": ["x"]}\n{"user": "a", "items": []}\n', "line 2: user 'a' already"),
         ('{"user": 3, "items": []}\n', "line 1 must be"), ("{\n", "line 1 is not valid JSON"),
         ('{"user": "a", "items": [3]}\n', "line 1: all items"),
+        ('{"user": "a", "items": ["\\ud800"]}\n', "line 1: an id is no valid Unicode text"),
     ):  # fmt: skip
         (tmp_path / "bad.jsonl").write_text(text)
         with pytest.raises(UserError, match=words):

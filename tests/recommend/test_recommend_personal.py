@@ -224,3 +224,8 @@ def test_histories_that_prove_nothing_are_refused(asking, bundle, tmp_path):
         certify_on(bundle, path)
     with pytest.raises(UserError, match="There is no file or folder"):
         certify_on(asking, tmp_path / "none.csv")
+
+
+def test_a_long_history_of_titles_is_read(bundle):
+    titled = replace(bundle, items=(replace(bundle.items[0], title="Love; Actually"), *bundle.items[1:]))
+    assert items_of(titled, "; ".join(["i3", "love; actually", "i5"] * 300)) == ("i3", "i1", "i5") * 300

@@ -30,7 +30,7 @@ from retouch.recommend._nearline import Done
 from retouch.recommend.answers import Request
 from retouch.recommend.bundle import open_bundle
 from retouch.recommend.ladder import Serving, answer
-from retouch.recommend.serve import Limits, app
+from retouch.recommend.serve import Limits, _readable, app
 from retouch.recommend.sqlite import SQLite
 from retouch.recommend.stores import open_store
 
@@ -264,6 +264,18 @@ def test_the_pointer_decides_which_bundle_answers(held, store):
     found = numbers(text)
     assert found['retouch_namespace_info{namespace="a1"}'] == 1
     assert found['retouch_namespace_info{namespace="b2"}'] == 0
+
+
+def test_a_stock_of_another_editor_is_read_and_one_that_is_no_text_is_refused(held, tmp_path):
+    stock = tmp_path / "out.txt"
+    (first,) = ask(app(held, limits=PATIENT), {"history": ["i3"], "k": 1})
+    best = first.json()["items"][0]["id"]
+    stock.write_bytes(f"\ufeff{best}\r\n".encode())
+    (second,) = ask(app(held, limits=PATIENT, stock=stock), {"history": ["i3"], "k": 1})
+    assert second.json()["items"][0]["id"] != best
+    stock.write_bytes("köln".encode("latin-1"))
+    with pytest.raises(UserError, match=r"cannot be read.*Save it as UTF-8"):
+        _readable(stock)
 
 
 def test_what_runs_out_of_stock_disappears(held, tmp_path):
@@ -640,3 +652,15 @@ def fresh_connection(port, body):
     """Ask over a connection of its own, so that any worker may take it."""
     headers = {"Authorization": "Bearer secret"}
     return httpx.post(f"http://127.0.0.1:{port}/recommend", json=body, headers=headers, timeout=60).json()
+
+
+def test_a_body_that_was_not_sent_as_json_is_told_the_header(held):
+    (got,) = ask(app(held, limits=PATIENT), b'{"history": ["i1"]}', headers={"content-type": "text/plain"})
+    assert got.status_code == 422 and "add the header content-type: application/json" in got.json()["error"]
+
+
+def test_an_event_that_is_wrong_is_named_by_its_place(held, store):
+    events = [{"user": "ann", "item": "i1"}, {"user": "ann", "item": ""}]
+    (got,) = ask(app(held, store, limits=PATIENT), {"events": events}, to="/events")
+    assert got.status_code == 422 and got.json()["error"].startswith("events[1].item must have 1 to 256 characters")
+    assert store.histories(["ann"]) == [None]

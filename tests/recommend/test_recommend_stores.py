@@ -19,6 +19,7 @@ from recommend_served import redis_server
 
 from retouch.errors import StoreDown, UserError
 from retouch.recommend.record import Record, Versions, decode, encode, history_hash, order, size
+from retouch.recommend.sqlite import SQLite
 from retouch.recommend.stores import Namespace, Past, Store, open_store
 
 MADE = Versions.of("0123456789abcdef", "deadbeef00", "00000001ff")
@@ -284,3 +285,33 @@ def test_readers_never_see_a_part_of_a_record_while_writers_are_killed(tmp_path)
 @pytest.mark.slow
 def test_readers_never_see_a_part_of_a_record_at_100_kills(tmp_path):
     killed_writer(f"sqlite:{tmp_path / 'k.db'}", 100)
+
+
+def test_who_changes_after_somebody_was_forgotten_is_told(store):
+    store.append([("ann", "i1"), ("bob", "i2")])
+    position = store.changed(0)[-1][0]
+    store.forget(["bob"])
+    store.append([("cat", "i3")])
+    assert [user for _, user in store.changed(position)] == ["cat"]
+
+
+def test_a_memo_is_kept_for_a_month(tmp_path, monkeypatch):
+    kept = open_store(f"sqlite:{tmp_path / 'k.db'}")
+    kept.remember({b"old": b"1"})
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 31 * 86_400)
+    kept.remember({b"new": b"2"})
+    assert kept.memo([b"old", b"new"]) == [None, b"2"]
+    kept.close()
+
+
+def test_a_full_disk_is_told_and_the_store_goes_on_when_there_is_room(tmp_path):
+    kept = SQLite(tmp_path / "k.db")
+    own = kept._connection()
+    own.execute(f"PRAGMA max_page_count = {own.execute('PRAGMA page_count').fetchone()[0] + 2}")
+    with pytest.raises(StoreDown, match="disk is full"):
+        kept.put_histories({f"u{n}": Past(("item" * 50,) * 50, 50) for n in range(50)})
+    assert kept.histories(["u0"]) == [None]
+    own.execute("PRAGMA max_page_count = 100000")
+    assert kept.append([("ann", "i1")]) == 1
+    kept.close()

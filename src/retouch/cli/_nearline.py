@@ -139,7 +139,7 @@ def nearline(
 def _roll_back(store: str, json_: bool) -> None:
     from ..recommend.stores import open_store
 
-    kept = open_store(store)
+    kept = open_store(store, existing=True)
     try:
         namespace = kept.rollback()
     finally:
@@ -153,15 +153,16 @@ def _roll_back(store: str, json_: bool) -> None:
 def _forget(store: str, users: list[str], json_: bool) -> None:
     from ..recommend.stores import open_store
 
-    kept = open_store(store)
+    kept = open_store(store, existing=True)
     try:
+        n_histories = sum(past is not None for past in kept.histories(users))
         n_records = kept.forget(users)
     finally:
         kept.close()
     if json_:
-        _show.emit({"store": store, "users": users, "records": n_records})
+        _show.emit({"store": store, "users": users, "histories": n_histories, "records": n_records})
     else:
-        _show.say(f"Removed the histories of {len(users):,} users and {n_records:,} records.")
+        _show.say(f"Removed {n_histories:,} histories and {n_records:,} records of {len(users):,} users.")
 
 
 def _mark(bundle: Path, store: str) -> Path:

@@ -108,7 +108,7 @@ def fit(
     if not json_:
         _show.say(f"Saved as {out}; {'the policy' if made.certified.holds else 'the reference'} serves.")
         words = ("recommend", "nearline", out, "--store", "sqlite:knowledge.db", "--histories", data)
-        _show.say(f"Next: {_show.command(*words)}")
+        _show.say(f"Next: {_show.command(*words, *_columns(format, user, item, time))}")
 
 
 # ---------------------------------------------------------------- what a bundle does
@@ -138,11 +138,14 @@ def for_(
 
     Example: retouch recommend for bundle --history "Toy Story; Fargo" --explain
     """
+    from ..errors import UserError
     from ..recommend.bundle import open_bundle
     from ..recommend.personal import answer_for, codes_of, language_model
 
     _options.one_of("knowledge", knowledge, ("now", "stored"))
     asks = knowledge == "now" and not item
+    if llm and not asks:
+        raise UserError("--llm names who is asked with --knowledge now: give both, or leave it out.")
     with _show.progress():
         opened = open_bundle(bundle, knowledge=language_model(bundle, llm) if asks else None)
         if item:
@@ -205,6 +208,14 @@ def evaluate(
         raise typer.Exit(2 if broken else 0)
     if bundle is None:
         raise UserError("Name a bundle, or a table with --check-table.")
+    if max_harm is not None and window is None:
+        raise UserError("--max-harm is the limit for --window; a saved certificate keeps its own.")
+    if recompute and (window is not None or reasons is not None):
+        raise UserError("--recompute is for the saved certificate: leave out --window and --reasons.")
+    if llm and window is None:
+        raise UserError("--llm names who is asked for --window: give both, or leave it out.")
+    if window is not None and reasons is not None:
+        raise UserError("--window and --reasons measure different things: give one of them.")
     from ..recommend.certificate import Certified, require
     from ..store import check_folder
 
@@ -265,6 +276,13 @@ def read(
         path, format=format, user=user, item=item, time=time, text=tuple(t for t in text.split(",") if t), titles=title_map,
         min_rating=min_rating, min_count=min_count, allow_missing_text=allow_missing_text,
     )  # fmt: skip
+
+
+def _columns(format: str, user: str, item: str, time: str) -> list[str]:
+    """Return the flags that read the same file again, without those that say what is so anyway."""
+    asked = {"--format": (format, ""), "--user": (user, "user_id"), "--item": (item, "item_id"),
+             "--time": (time, "timestamp")}  # fmt: skip
+    return [word for flag, (value, usual) in asked.items() if value != usual for word in (flag, value)]
 
 
 def ways(split: str, holdout: str, tokeniser: str) -> tuple[Any, Any]:

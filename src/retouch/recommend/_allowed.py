@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Allowed"]
 
-_KEPT = 64
+_KEPT, _TOLD = 64, 20
 
 
 class Allowed:
@@ -33,10 +33,10 @@ class Allowed:
 
     def __init__(self, bundle: Bundle) -> None:
         self._number, self._n_items = bundle.number, len(bundle.items)
-        self._categories: dict[str, NDArray[np.bool_]] = {}
+        self._categories: dict[str, list[int]] = {}  # the items of each: a mask for each would be items by categories
         for i, item in enumerate(bundle.items, 1):
             for name in item.categories:
-                self._categories.setdefault(name, np.zeros(self._n_items + 1, bool))[i] = True
+                self._categories.setdefault(name, []).append(i)
         self._masks: OrderedDict[Any, NDArray[np.bool_]] = OrderedDict()
         self._out: NDArray[np.bool_] = np.zeros(self._n_items + 1, bool)
 
@@ -53,8 +53,11 @@ class Allowed:
             UnknownName: With the nearest that exist.
         """
         for name in filters.categories:
-            if name not in self._categories:
-                raise unknown("category", name, difflib.get_close_matches(name, self._categories, n=20, cutoff=0.0))
+            if name not in self._categories:  # whoever asks wrongly must not keep a server busy with thousands of names
+                near = (
+                    difflib.get_close_matches(name, self._categories, n=_TOLD) if len(self._categories) > _TOLD else ()
+                )
+                raise unknown("category", name, near or [*self._categories][:_TOLD])
 
     def key(self, filters: Filters) -> Any:
         """Return what two filters must share to be searched together."""
@@ -79,7 +82,9 @@ class Allowed:
         found = np.ones(self._n_items + 1, bool)
         found[0] = False
         if filters.categories:
-            found &= np.any([self._categories[name] for name in filters.categories], axis=0)
+            named = np.zeros(self._n_items + 1, bool)
+            named[[number for name in filters.categories for number in self._categories[name]]] = True
+            found &= named
         if filters.allow is not None:
             named = np.zeros(self._n_items + 1, bool)
             named[[number for raw in filters.allow if (number := self._number(raw)) is not None]] = True

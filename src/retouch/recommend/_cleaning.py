@@ -48,9 +48,14 @@ def natural(raws: Sequence[str]) -> list[str]:
         >>> natural(["b", "10", "9", "a"])
         ['9', '10', 'a', 'b']
     """
-    plain = [raw.isascii() and raw.isdigit() for raw in raws]
-    keys = [(0, int(raw), raw) if digits else (1, 0, raw) for raw, digits in zip(raws, plain)]
-    return [raw for _, raw in sorted(zip(keys, raws))]
+
+    def key(raw: str) -> tuple[int, int, str, str]:
+        if not (raw.isascii() and raw.isdigit()):
+            return 1, 0, raw, raw
+        digits = raw.lstrip("0")  # of two numbers without leading zeros the longer one is larger, however long
+        return 0, len(digits), digits, raw
+
+    return sorted(raws, key=key)
 
 
 def coded(raws: Sequence[str]) -> tuple[list[str], Ints]:

@@ -302,7 +302,7 @@ class Duality:
         books = self.policy.instructions
         if not isinstance(books, Instructions) or not books.quantise:
             return []
-        return books.measure(self.policy.choose(torch.from_numpy(self.judged.windows(samples))).codes)
+        return books.measure(self.policy.codes(torch.from_numpy(self.judged.windows(samples))))
 
     def _ndcg(self, samples: Samples, residual: Tensor) -> float:
         places = {pair: row for row, pair in enumerate(zip(samples.users.tolist(), samples.cuts.tolist()))}

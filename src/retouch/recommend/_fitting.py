@@ -30,10 +30,12 @@ from .splits import Samples
 from .vectors import load_vectors, text_vectors
 
 if TYPE_CHECKING:
+    from .data import Interactions
     from .generator import Generator
     from .lwgr import LWGR, Settled
+    from .splits import Splits
 
-__all__ = ["build", "fit_policy"]
+__all__ = ["build", "fit_policy", "require_watched"]
 
 AnySource = LanguageKnowledge | TextKnowledge | FixedKnowledge
 _FORMAT = 2
@@ -49,7 +51,7 @@ _PRICED_STEPS, _HASTE = 800, 8.0
 def fit_policy(method: LWGR, run: Run) -> PolicyScorer:
     """Train a policy as the method says; see `retouch.recommend.lwgr.LWGR.fit`."""
     settled, reference, catalogue = method.settled(), run.needs_reference().eval(), run.needs_catalogue()
-    _require_watched(settled, run)
+    require_watched(method, run.data, run.splits)
     devices = [torch.device(run.device)] if run.device.startswith("cuda") else []
     with torch.random.fork_rng(devices=devices):  # the caller's generators are left as they were
         torch.manual_seed(method.seed)
@@ -154,12 +156,16 @@ def _codewords(method: LWGR, run: Run) -> int:
     return 16 if run.data.n_users < _SMALL else 256 if run.data.n_users > _LARGE else 64
 
 
-def _require_watched(settled: Settled, run: Run) -> None:
-    """Say before any work that the constraint has nobody to watch."""
-    if settled.constraint in ("slice", "fixed") and not len(run.splits.constraint):
+def require_watched(method: LWGR, data: Interactions, splits: Splits) -> None:
+    """Say before any work that the constraint has nobody to watch.
+
+    Raises:
+        UserError: No user is kept back for the constraint, and the method watches such users.
+    """
+    if method.settled().constraint in ("slice", "fixed") and not len(splits.constraint):
         raise UserError(
-            f"None of the {run.data.n_users} users of {run.data.name} is kept back for the constraint (a tenth is, by a "
-            f"hash of their ids with seed {run.splits.seed}). Give more users, split them with another seed, or set "
+            f"None of the {data.n_users} users of {data.name} is kept back for the constraint (a tenth is, by a "
+            f"hash of their ids with seed {splits.seed}). Give more users, split them with another seed, or set "
             "constraint='batch' or 'none'."
         )
 

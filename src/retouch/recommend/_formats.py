@@ -90,7 +90,7 @@ def text_of(path: Path, encoding: str = "utf-8-sig") -> str:
 def _lines(text: str) -> tuple[list[str], Callable[[int], int]]:
     """Split into lines that are not blank, and say which line of the file each is."""
     lines = text.rstrip("\n").split("\n")
-    if all(lines):
+    if all(map(str.strip, lines)):
         return lines, lambda row: row + 1
     numbers = [number for number, line in enumerate(lines, 1) if line.strip()]
     return [lines[number - 1] for number in numbers], lambda row: numbers[row]
@@ -219,9 +219,15 @@ def read_parquet(path: Path) -> Columns:
     """Read a Parquet file with named columns.
 
     Raises:
-        UserError: The file is missing, empty or no Parquet, or the package that reads it is not installed.
+        UserError: The file is missing, empty or no Parquet, has times finer than microseconds, or the package that reads
+            it is not installed.
     """
-    columns, _ = parquet_columns(path, "CSV")
+    try:
+        columns, _ = parquet_columns(path, "CSV")
+    except ValueError as error:  # of times in nanoseconds, without pandas
+        raise UserError(
+            f"{path.name} cannot be read: {error}. Save its times in microseconds, or as numbers."
+        ) from error
     return Columns(path.name, columns, lambda row: f"{path.name} row {row + 1}")
 
 
@@ -246,7 +252,10 @@ def read_sequences(path: Path) -> Columns:
         )
     counts = np.fromiter(map(len, parts), np.int64, len(parts)) - 1
     if not counts.any():
-        raise UserError(f"{path.name}: no line has an item after the user.")
+        raise UserError(
+            f"{path.name}: no line has an item after the user, with a blank between. If it is no sequence file, name its "
+            "format: csv, atomic."
+        )
     ends = np.cumsum(counts)
     columns = {
         "user": list(itertools.chain.from_iterable(map(itertools.repeat, users, counts.tolist()))),

@@ -71,4 +71,8 @@ def _line(where: str, line: str) -> tuple[str, tuple[str, ...]]:
         raise UserError(f'{where} must be {{"user": "…", "items": ["…"]}}, the oldest item first; got {line[:80]!r}.')
     if not all(isinstance(item, str) and item for item in items):
         raise UserError(f"{where}: all items must be raw ids, written as text.")
+    try:
+        "".join((user, *items)).encode()
+    except UnicodeEncodeError as error:  # half of a pair, written as an escape: no store can keep it
+        raise UserError(f"{where}: an id is no valid Unicode text.") from error
     return user, tuple(items)

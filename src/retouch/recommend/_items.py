@@ -13,7 +13,7 @@ from ..errors import UserError, absent
 from ._formats import Columns, read_atomic, read_csv, read_parquet, read_plain
 from .base import Item
 
-__all__ = ["USUAL", "described", "ids_of", "item_table", "title_map"]
+__all__ = ["USUAL", "described", "ids_of", "item_table", "title_map", "usual"]
 
 USUAL = ("title", "brand", "year", "category", "categories", "genre", "genres")
 """Columns that are text of an item when nobody says which are."""
@@ -71,6 +71,8 @@ def ids_of(columns: Columns, name: str, setting: str) -> list[str]:
 def _id(cell: object) -> str:
     if cell is None or cell != cell:
         return ""
+    if isinstance(cell, bytes):
+        return cell.decode("utf-8", "replace").strip()
     return str(int(cell)) if isinstance(cell, float) and cell.is_integer() else str(cell).strip()
 
 
@@ -78,7 +80,7 @@ def item_table(columns: Columns, item: str, names: Sequence[str]) -> dict[str, I
     """Describe the items of a table from some of its columns; of an item that stands twice the first row counts."""
     ids = ids_of(columns, item, "item")
     cells = {name: columns.column(name, "text") for name in names}
-    title = next((n for n in names if any(t in n.lower() for t in _TITLES)), next(iter(names), ""))
+    title = next((n for t in _TITLES for n in names if t in n.lower()), next(iter(names), ""))
     year = next((n for n in names if n.lower().endswith("year")), "")
     found: dict[str, Item] = {}
     for row, raw in enumerate(ids):
@@ -95,6 +97,8 @@ def item_table(columns: Columns, item: str, names: Sequence[str]) -> dict[str, I
 def _text(cell: object) -> str:
     if isinstance(cell, list):
         return "|".join(map(str, cell))
+    if isinstance(cell, bytes):  # text that a writer did not mark as such
+        return cell.decode("utf-8", "replace")
     return "" if cell is None or cell != cell else str(cell)
 
 
@@ -123,20 +127,30 @@ def title_map(path: Path | None, item: str, text: Sequence[str], known: Collecti
         columns = read_atomic(path)
     elif path.suffix in (".parquet", ".pq"):
         columns = read_parquet(path)
-        item = item if item in columns.cells else next(iter(columns.cells))
     else:
         columns = read_csv(path, header=False)
         first = [str(cells[0]).strip() for cells in columns.cells.values()]
         if first[0] not in known and {item, *_ITEMS, *USUAL} & {cell.lower() for cell in first}:
             columns = read_csv(path)  # the first row names the columns
-        item = item if item in columns.cells else next(iter(columns.cells))
+    item = _id_column(columns, item)
     return item_table(columns, item, tuple(text) or _worth(columns, item))
+
+
+def _id_column(columns: Columns, item: str) -> str:
+    """Choose the column of ids: the one asked for, else one that is usually called so, else the first."""
+    spelled = {name.lower(): name for name in columns.cells}
+    found = (spelled[name] for name in (item.lower(), *_ITEMS) if name in spelled)
+    return item if item in columns.cells else next(found, next(iter(columns.cells)))
+
+
+def usual(names: Collection[str]) -> tuple[str, ...]:
+    """Return those of some columns that are text when nobody says which are, however they are spelled."""
+    return tuple(name for known in USUAL for name in names if name.lower() == known)
 
 
 def _worth(columns: Columns, item: str) -> tuple[str, ...]:
     """Choose the columns of a map that are text: the usual ones, or all."""
-    named = tuple(name for name in USUAL if name in columns.cells)
-    return named or tuple(name for name in columns.cells if name != item)
+    return usual(columns.cells) or tuple(name for name in columns.cells if name != item)
 
 
 def _of_json(path: Path, item: str, text: Sequence[str]) -> dict[str, Item]:
@@ -146,8 +160,8 @@ def _of_json(path: Path, item: str, text: Sequence[str]) -> dict[str, Item]:
     rows = [_record(path.name, raw, value) for raw, value in records.items()]
     names = tuple(dict.fromkeys(name for row in rows for name in row))
     cells: dict[str, list[Any]] = {name: [row.get(name) for row in rows] for name in names}
-    columns = Columns(path.name, {item: list(records), **cells}, lambda row: f"{path.name}: item {[*records][row]!r}")
-    return item_table(columns, item, text or names)
+    columns = Columns(path.name, {**cells, item: list(records)}, lambda row: f"{path.name}: item {[*records][row]!r}")
+    return item_table(columns, item, text or tuple(n for n in names if n.lower() not in {item, *_ITEMS}))
 
 
 def _record(name: str, raw: str, value: Any) -> dict[str, Any]:

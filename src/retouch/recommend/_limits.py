@@ -131,9 +131,7 @@ class Gate:
         return b"".join(parts)
 
     def _too_large(self) -> NoReturn:
-        raise _Refused(
-            413, f"The body is larger than {self.limits.body_kib} KiB. Send the latest items, or fewer questions."
-        )
+        raise _Refused(413, f"The body is larger than {self.limits.body_kib} KiB. Send less at once.")
 
 
 class _Refused(Exception):

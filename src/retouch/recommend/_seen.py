@@ -9,7 +9,6 @@ import hashlib
 import os
 import secrets
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,9 +37,13 @@ def own_salt() -> str:
         drawn = place.with_name(f".salt-{secrets.token_hex(4)}")
         with os.fdopen(os.open(drawn, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(secrets.token_hex(16))
-        with suppress(FileExistsError):  # another process was faster: its salt stands
+        try:
             os.link(drawn, place)
-        drawn.unlink()
+        except FileExistsError:  # another process was faster: its salt stands
+            pass
+        except OSError:  # a file system without links
+            drawn.replace(place)
+        drawn.unlink(missing_ok=True)
     return place.read_text(encoding="utf-8").strip()
 
 

@@ -54,7 +54,8 @@ class Service:
         self.store_answers: bool | None = None
         self._read_at = -1.0
         self._told: tuple[float, dict[str, Any]] | None = None
-        self._expected = {name: self._probe(ladder) for name, ladder in self.ladders.items()}
+        self._tests = {name: _self_test(ladder) for name, ladder in self.ladders.items()}
+        self._expected = {name: self._probe(name) for name in self._tests}
         self.metrics.serving(self.current.bundle.fingerprint)
         self.poll()
 
@@ -93,7 +94,7 @@ class Service:
         try:
             if self.stock is None or (at := self.stock.stat().st_mtime) == self._read_at:
                 return
-            ids = self.stock.read_text(encoding="utf-8").splitlines()
+            ids = self.stock.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError):  # being replaced, or gone: what was read stays
             return
         self._read_at = at
@@ -152,16 +153,23 @@ class Service:
     def _examined(self) -> dict[str, Any]:
         name = self.current.bundle.fingerprint
         try:
-            same = self._probe(self.ladders[name]) == self._expected[name]
+            same = self._probe(name) == self._expected[name]
         except RetouchError:
             same = False
         told = {None: "none", True: "answers", False: "down"}[self.store_answers]
         return {"ready": same, "self_test": same, "store": told, "bundle": name, "serves": self.current.bundle.serves}
 
-    def _probe(self, ladder: Ladder) -> list[str]:
-        """Ask for what follows the most popular items; the reference answers, with no store."""
-        bundle = ladder.bundle
-        most = np.argsort(-bundle.counts[1:], kind="stable")[:_PROBE]
-        request = Request(history=tuple(bundle.items[i].id for i in most.tolist()), k=1)
-        alone = Ladder(bundle.undone(), None, ladder.settings)
+    def _probe(self, name: str) -> list[str]:
+        alone, request = self._tests[name]
         return [place.id for place in alone.answer([request], until=time.monotonic() + 60).answers[0].items]
+
+
+def _self_test(ladder: Ladder) -> tuple[Ladder, Request]:
+    """Return who answers a self-test, the reference with no store, and its question: what follows the most popular items.
+
+    Made once: what a ladder needs to know of its items takes longer than an answer where there are many.
+    """
+    bundle = ladder.bundle
+    most = np.argsort(-bundle.counts[1:], kind="stable")[:_PROBE]
+    request = Request(history=tuple(bundle.items[i].id for i in most.tolist()), k=1)
+    return Ladder(bundle.undone(), None, ladder.settings), request

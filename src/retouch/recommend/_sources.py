@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from ..errors import UserError, absent, unknown
 from ._formats import Columns, read_atomic, read_csv, read_parquet, read_plain, read_sequences, text_of
-from ._items import USUAL, ids_of, item_table, title_map
+from ._items import ids_of, item_table, title_map, usual
 from .base import Item
 
 __all__ = ["FORMATS", "Asked", "Rows", "read"]
@@ -109,11 +110,11 @@ def _shown(path: Path) -> str:
 
 
 _FITS: Mapping[str, Callable[[Path], bool]] = {
-    "atomic": lambda path: path.suffix == ".inter",
+    "atomic": lambda path: path.suffix.lower() == ".inter",
     "movielens": lambda path: path.name == "u.data",
-    "sequence": lambda path: path.suffix == ".txt" and "readme" not in path.name.lower(),
-    "parquet": lambda path: path.suffix in (".parquet", ".pq") and ".items" not in path.name,
-    "csv": lambda path: path.suffix == ".csv" and ".items" not in path.name,
+    "sequence": lambda path: path.suffix.lower() == ".txt" and "readme" not in path.name.lower(),
+    "parquet": lambda path: path.suffix.lower() in (".parquet", ".pq") and ".items" not in path.name,
+    "csv": lambda path: path.suffix.lower() == ".csv" and ".items" not in path.name,
 }
 
 
@@ -164,7 +165,7 @@ def _of_named(file: Path, format: str, asked: Asked, columns: Columns, items: li
         return title_map(beside, asked.item, asked.text, set(items))
     for name in asked.text:
         columns.column(name, "text")
-    names = asked.text or tuple(name for name in USUAL if name in columns.cells)
+    names = asked.text or usual(columns.cells)
     first = list({item: row for row, item in reversed([*enumerate(items)])}.values()) if names else []
     return item_table(columns.rows(first), asked.item, names) if names else {}
 
@@ -199,6 +200,8 @@ def _refuse_rating(columns: Columns, asked: Asked) -> None:
 def _times(columns: Columns, name: str) -> NDArray[np.int64]:
     """Read times as whole numbers: as they are, or in microseconds where they have fractions or are dates."""
     cells = columns.column(name, "time")
+    if set(map(type, cells)) == {Decimal}:
+        cells = [int(cell) if cell == cell.to_integral_value() else float(cell) for cell in cells]
     whole = _as(cells, np.int64)
     if whole is not None:
         return whole.astype(np.int64)

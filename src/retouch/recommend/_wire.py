@@ -76,6 +76,8 @@ def sentence(errors: Sequence[Mapping[str, Any]]) -> str:
     more = f" ({len(errors) - 1} more)" if len(errors) > 1 else ""
     if first["type"] == "extra_forbidden":
         return f"{where} is no field of this request; see /docs.{more}"
+    if isinstance(first.get("input"), bytes):
+        return "The body was not sent as JSON: add the header content-type: application/json."
     if first["type"] == "missing":
         return f"{where} is missing; see /docs.{more}"
     told = str(first["msg"]).removeprefix("Input ")

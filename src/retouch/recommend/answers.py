@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from ..errors import UserError
 
-__all__ = ["MOST_HISTORY", "MOST_K", "MOST_LISTED", "RUNGS", "Answer", "Filters", "Place", "Request", "Rung", "shown"]
+__all__ = ["MOST_HISTORY", "MOST_K", "MOST_LISTED", "RUNGS", "Answer", "Filters", "Place", "Request", "Rung", "check_id",
+           "shown"]  # fmt: skip
 
 Rung = Literal["fresh", "stale", "prototype", "reference", "popular"]
 RUNGS: tuple[Rung, ...] = ("fresh", "stale", "prototype", "reference", "popular")
@@ -70,7 +71,7 @@ class Request:
 
     def __post_init__(self) -> None:
         if self.user is not None:
-            _text("user", self.user)
+            check_id("user", self.user)
         if self.history is not None:
             object.__setattr__(self, "history", _texts("history", self.history, MOST_HISTORY))
         if not isinstance(self.k, int) or isinstance(self.k, bool) or not 1 <= self.k <= MOST_K:
@@ -143,11 +144,16 @@ def _texts(where: str, values: object, most: int) -> tuple[str, ...]:
     if len(values) > most:
         raise UserError(f"{where} may hold at most {most} ids; got {len(values)}. Send the latest ones.")
     for i, value in enumerate(values):
-        _text(f"{where}[{i}]", value)
+        check_id(f"{where}[{i}]", value)
     return tuple(values)
 
 
-def _text(where: str, value: object) -> None:
+def check_id(where: str, value: object) -> None:
+    """Refuse what cannot be a raw id.
+
+    Raises:
+        UserError: It is no text, empty, too long, or no valid Unicode; the message begins with `where`.
+    """
     if not isinstance(value, str):
         raise UserError(f"{where} must be text; got {shown(value)}. Ids are written in quotation marks.")
     if not 1 <= len(value) <= MOST_ID:

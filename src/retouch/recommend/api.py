@@ -19,13 +19,14 @@ from .. import attempts, store
 from ..change import versions
 from ..errors import StoreError, UserError, unknown
 from ..report import Report, Table
+from ._fitting import require_watched
 from ._seen import own_salt
 from .base import Run
 from .bundle import save_bundle
 from .certificate import Certified, Terms, certify
 from .data import Interactions
 from .evaluate import Evaluation, compare, evaluate
-from .evidence import collect, slice_key
+from .evidence import collect, require_kept, slice_key
 from .generator_fit import fit_reference
 from .health import Health, examine_catalogue, require
 from .lwgr import LWGR
@@ -296,6 +297,8 @@ def fit(
     check_device(device)
     method, reference = method or LWGR(), reference or ReferenceSettings()
     p = prepared
+    require_kept(p.splits)
+    require_watched(method, p.data, p.splits)
     generator = fit_reference(
         p.data, p.splits, p.catalogue, reference, p.folder, n_history=n_history, device=device
     ).eval()

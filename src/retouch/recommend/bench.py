@@ -15,11 +15,12 @@ from ..errors import StoreError
 from ..measure import environment
 from ..model import Model
 from ._bundle_files import plain
+from ._fitting import require_watched
 from .api import Prepared, check_device, look
 from .base import Recommender, Run, Scorer
 from .certificate import Terms, certify
 from .evaluate import evaluate
-from .evidence import Evidence, collect
+from .evidence import Evidence, collect, require_kept
 from .fitted import PolicyScorer
 from .generator_fit import fit_reference
 from .lwgr import LWGR
@@ -71,6 +72,10 @@ def run(prepared: Prepared, wanted: Bench, model: Model | None, out: Path) -> di
     """
     check_device(wanted.device)
     p = prepared
+    require_kept(p.splits)
+    for method in wanted.methods.values():
+        if isinstance(method, LWGR):
+            require_watched(method, p.data, p.splits)
     generator = fit_reference(
         p.data, p.splits, p.catalogue, wanted.reference, p.folder, n_history=wanted.n_history, device=wanted.device
     ).eval()

@@ -156,7 +156,7 @@ class Bundle:
         """
         if self.knowing is None:
             raise UserError(f"{self.path} holds a recommender without knowledge, so nobody has codes.")
-        return self.knowing.choose(torch.from_numpy(windows).to(self.reference.first.device)).codes
+        return self.knowing.codes(torch.from_numpy(windows).to(self.reference.first.device))
 
     def from_prototypes(self, windows: NDArray[np.int32]) -> Tensor:
         """Return what prototypes add for some histories; zeros for an empty one.

@@ -193,7 +193,7 @@ def check_table(rows: Sequence[Mapping[str, Any]] | str | Path, tolerance: float
 
     Args:
         rows: Mappings with ``model`` and metrics, or a CSV, TSV or JSON file of them. ``R@5``, ``HR@5``, ``Hit@5``
-            and ``Recall@5`` are the same; so are ``N@5`` and ``NDCG@5``.
+            and ``Recall@5`` are the same; so are ``N@5`` and ``NDCG@5``. With a number above 1, all of the table are percentages.
         tolerance: What rounding may hide.
 
     Returns:
@@ -208,10 +208,12 @@ def check_table(rows: Sequence[Mapping[str, Any]] | str | Path, tolerance: float
         ('A: ndcg@10 - ndcg@5 is 0.0290; with recall@10 - recall@5 = 0.0400 it lies between 0.0116 and 0.0142.',)
     """
     records = read_numbers(rows) if isinstance(rows, str | Path) else list(rows)
+    named = [_numbers(record, number) for number, record in enumerate(records, 1)]
+    unit = 100 if any(value > 1 for _, numbers in named for value in numbers.values()) else 1
     found: list[str] = []
-    for number, record in enumerate(records, 1):
-        name, numbers = _numbers(record, number)
-        found += [f"{name}: {sentence}" for sentence in guard(numbers, tolerance)]
+    for name, numbers in named:
+        scaled = {metric: value / unit for metric, value in numbers.items()}
+        found += [f"{name}: {sentence}" for sentence in guard(scaled, tolerance)]
     return tuple(found)
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .data import Interactions
     from .splits import Splits
 
-__all__ = ["CAP", "REPORTED", "ROUTABLE", "Evidence", "collect", "slice_key"]
+__all__ = ["CAP", "REPORTED", "ROUTABLE", "Evidence", "collect", "require_kept", "slice_key"]
 
 Floats = NDArray[np.float64]
 
@@ -121,8 +121,7 @@ def collect(
     from .splits import CERTIFICATE, segments
 
     samples = splits.certificate
-    if not len(samples):
-        raise UserError("No user was kept for the certificate. Split the data again, or use more users.")
+    require_kept(splits)
     if (splits.roles[samples.users - 1] != CERTIFICATE).any():
         raise UserError("The certificate's targets include users who were trained on. Split the data again.")
     numbers, unit = np.unique(samples.users, return_inverse=True)
@@ -136,6 +135,19 @@ def collect(
         reference.ranks(samples), {name: scorer.ranks(samples) for name, scorer in rungs.items()},
         {name: scorer.log_likelihood(samples) / n_levels for name, scorer in (compared or {}).items()}, n_levels,
     )  # fmt: skip
+
+
+def require_kept(splits: Splits) -> None:
+    """Refuse, before any training, a split that leaves nobody to certify on.
+
+    Raises:
+        UserError: No user of the certificate has a target.
+    """
+    if not len(splits.certificate):
+        raise UserError(
+            f"No user was kept for the certificate who has a target there (split {splits.how}, seed {splits.seed}). Split "
+            "the data with another seed, or use more users."
+        )
 
 
 def slice_key(data: Interactions, splits: Splits) -> str:

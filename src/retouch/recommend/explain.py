@@ -20,7 +20,7 @@ from .beam import Found, search
 from .filters import Living
 from .groups import Group
 from .metrics import paired
-from .new_items import NewItems
+from .new_items import code_log_probs, stepper
 
 if TYPE_CHECKING:
     from .bundle import Bundle
@@ -221,7 +221,8 @@ class _Room:
         n = len(windows)
         residuals = None if residual is None else residual.expand(n, -1)
         memory = network.eval().encode(torch.from_numpy(windows))
-        scores = network.code_log_probs(memory, torch.tensor(items).expand(n, -1), residuals).sum(-1).double().tolist()
+        asked = torch.tensor(items).expand(n, -1)
+        scores = code_log_probs(network, memory, asked, residuals, self.bundle.catalogue).sum(-1).double().tolist()
         found = self._search(network, memory, residuals)
         return [[Standing(scores[i][j], _place(found, i, item)) for j, item in enumerate(items)] for i in range(n)]
 
@@ -231,9 +232,7 @@ class _Room:
         return int(self._search(network, network.encode(torch.from_numpy(window[None])), None).items[0, 0])
 
     def _search(self, network: Generator, memory: Memory, residuals: Tensor | None) -> Found:
-        steps: Any = network.stepper(memory, residuals)
-        if self.bundle.catalogue.n_trained < self.bundle.catalogue.n_items:
-            steps = NewItems(steps, self.bundle.catalogue)
+        steps = stepper(network, memory, residuals, self.bundle.catalogue)
         n = len(memory)
         return search(
             steps, self.bundle.catalogue.trie, n, beams=self.beams, living=self._living(n), device=memory.mask.device
@@ -289,7 +288,7 @@ def parts(
     n = len(residuals)
     memory = bundle.policy.eval().encode(torch.from_numpy(np.repeat(window[None], n, 0)))
     targets = torch.tensor(items).expand(n, -1)
-    scores = bundle.policy.code_log_probs(memory, targets, residuals).sum(-1).double()
+    scores = code_log_probs(bundle.policy, memory, targets, residuals, bundle.catalogue).sum(-1).double()
     drops = (scores[:1] - scores[1:]).cpu().numpy()  # [books, items]
     order = np.argsort(-drops, axis=0, kind="stable")
     return [tuple(Part(int(k), int(codes[k]), float(drops[k, j])) for k in order[:, j]) for j in range(len(items))]

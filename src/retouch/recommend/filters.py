@@ -211,6 +211,9 @@ def rerank(
         Ranked(items=(4, 2), scores=(-1.0, -3.0), moved=(False, True))
     """
     found = [(int(item), float(score)) for item, score in zip(items, scores) if item]
+    if not (boosts or rules.per_category or rules.reserved_for_new):
+        first = found[:k]
+        return Ranked(tuple(i for i, _ in first), tuple(score for _, score in first), (False,) * len(first))
     ranked = sorted(found, key=lambda pair: -(pair[1] + (boosts or {}).get(pair[0], 0.0)))
     chosen = _choose(ranked, k, rules, categories or {}, set(new))
     moved = tuple(pair != before for pair, before in zip(chosen, found))

@@ -105,7 +105,7 @@ def training_groups(fitted: PolicyScorer, splits: Splits) -> dict[tuple[int, int
         return {}
     windows = asked.windows(drawn_users(splits))
     with torch.no_grad():
-        codes = [policy.choose(part).codes.cpu() for part in torch.split(torch.from_numpy(windows), 1024)]
+        codes = [policy.codes(part).cpu() for part in torch.split(torch.from_numpy(windows), 1024)]
     held = torch.cat(codes).numpy() if codes else np.zeros((0, 0), np.int64)
     return name_groups(held, [window[window > 0].tolist() for window in windows], asked.data.items)
 

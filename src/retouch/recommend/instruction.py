@@ -126,9 +126,7 @@ class Instructions(nn.Module):
     def forward(self, state: Tensor) -> Chosen:
         """Return the tokens and codes of each user, and the losses that train them."""
         standard = (state - self.mean) / self.std
-        wanted = self._wanted(standard)
-        words = F.normalize(self.words, dim=-1)
-        likeness = torch.einsum("bkc,kvc->bkv", wanted, words)
+        wanted, words, likeness = self._compared(standard)
         codes = likeness.argmax(-1)
         hard = words[torch.arange(self.n_books, device=codes.device), codes]
         shares = (likeness / self.temperature).softmax(-1)
@@ -136,6 +134,15 @@ class Instructions(nn.Module):
         held = hard + torch.einsum("bkv,kvc->bkc", shares - shares.detach(), words) if self.quantise else wanted
         losses = self._losses(standard, wanted, hard, held, shares) if torch.is_grad_enabled() else {}
         return Chosen(self._tokens(held), codes, losses)
+
+    def codes(self, state: Tensor) -> Tensor:
+        """Return the codes of each user alone, which is all that a request needs."""
+        return self._compared((state - self.mean) / self.std)[2].argmax(-1)
+
+    def _compared(self, standard: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what each state asks for, the words, and how alike they are."""
+        wanted, words = self._wanted(standard), F.normalize(self.words, dim=-1)
+        return wanted, words, torch.einsum("bkc,kvc->bkv", wanted, words)
 
     def _wanted(self, standard: Tensor) -> Tensor:
         return F.normalize(torch.einsum("bd,kcd->bkc", standard, self.ask), dim=-1)
@@ -237,6 +244,10 @@ class GlobalInstructions(nn.Module):
         tokens = self.gain[:, None] * _rms_normalised(self.free)
         return _for_all(tokens, state)
 
+    def codes(self, state: Tensor) -> Tensor:
+        """Return the code 0 of every book, for each user."""
+        return _zeros(self.free, state)
+
 
 class PromptInstructions(nn.Module):
     """The tokens of a fixed text, the same for everybody and not trained.
@@ -256,10 +267,17 @@ class PromptInstructions(nn.Module):
         """Return the tokens, once for each user."""
         return _for_all(self.tokens, state)
 
+    def codes(self, state: Tensor) -> Tensor:
+        """Return the code 0 of every book, for each user."""
+        return _zeros(self.tokens, state)
+
 
 def _for_all(tokens: Tensor, state: Tensor) -> Chosen:
-    codes = torch.zeros(len(state), len(tokens), dtype=torch.int64, device=state.device)
-    return Chosen(tokens.expand(len(state), -1, -1), codes, {})
+    return Chosen(tokens.expand(len(state), -1, -1), _zeros(tokens, state), {})
+
+
+def _zeros(tokens: Tensor, state: Tensor) -> Tensor:
+    return torch.zeros(len(state), len(tokens), dtype=torch.int64, device=state.device)
 
 
 def _rms_normalised(rows: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from .answers import Answer, Place, Request, Rung
 from .beam import Found, search
 from .filters import Living, Ranked, Rules, rerank
 from .nearline import trigger
-from .new_items import NewItems
+from .new_items import stepper
 from .record import Record, decode
 
 if TYPE_CHECKING:
@@ -294,11 +294,13 @@ class Ladder:
             beams = max(self.settings.beams, *(a.request.k for a in group))
             found = self._found(group, windows, living, beams, clock)
             ranked = [self._ranked(a, found, i) for i, a in enumerate(group)]
-            exact = [bool(found.exact(a.request.k)[i]) and not any(ranked[i].moved) for i, a in enumerate(group)]
+            proved = {k: found.exact(k).tolist() for k in {a.request.k for a in group}}
+            exact = [proved[a.request.k][i] and not any(ranked[i].moved) for i, a in enumerate(group)]
         answers, n_invalid = [], 0
-        for a, order, proved, row in zip(group, ranked, exact, hidden):
-            n_invalid += sum(not allowed[item] or item in row for item in order.items)
-            answers.append(self._told(a, order, proved, allowed, row))
+        for a, order, is_exact, row in zip(group, ranked, exact, hidden):
+            shown = np.array(order.items, np.int64)
+            n_invalid += int((~allowed[shown] | np.isin(shown, row)).sum())
+            answers.append(self._told(a, order, is_exact, allowed, row))
         return answers, n_invalid
 
     def _seen(self, a: _Asked) -> Sequence[int]:
@@ -313,9 +315,7 @@ class Ladder:
         with clock.stage("encode"):
             memory = network.encode(torch.from_numpy(windows))
             residual = torch.stack([r for r in residuals if r is not None]) if knows else None
-            steps: Any = network.stepper(memory, residual)
-        if self.bundle.catalogue.n_trained < self.bundle.catalogue.n_items:
-            steps = NewItems(steps, self.bundle.catalogue)
+            steps = stepper(network, memory, residual, self.bundle.catalogue)
         with clock.stage("beam"):
             return search(
                 steps, self.bundle.catalogue.trie, len(group), beams=beams, living=living, device=memory.mask.device
@@ -335,10 +335,11 @@ class Ladder:
     def _told(
         self, a: _Asked, order: Ranked, exact: bool, allowed: NDArray[np.bool_], hidden: NDArray[np.int32]
     ) -> Answer:
-        items, codes = self.bundle.items, self.bundle.catalogue.codes
+        items = [self.bundle.items[i - 1] for i in order.items]
+        codes = self.bundle.catalogue.codes[[i - 1 for i in order.items]].tolist() if items else []
         places = tuple(
-            Place(items[i - 1].id, items[i - 1].title, score, tuple(codes[i - 1].tolist()), moved)
-            for i, score, moved in zip(order.items, order.scores, order.moved)
+            Place(item.id, item.title, score, tuple(sid), moved)
+            for item, sid, score, moved in zip(items, codes, order.scores, order.moved)
         )
         knows = a.rung in ("fresh", "stale")
         reasons: tuple[Mapping[str, Any], ...] = ()

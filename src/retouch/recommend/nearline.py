@@ -188,7 +188,8 @@ def refresh(
         way: ``here``, ``ray``, or any function like `retouch.scale.here`; the records are the same bytes.
         checkpoint: A file that remembers which users are done; removed when all are.
         memo: What is remembered already; by default what the store remembers.
-        activate: Roll out at the end, if enough of these users are covered: give all active users then.
+        activate: Roll out at the end, if enough of these users are covered, and of as many as servers read now: give all
+            active users then.
         own: These histories are the store's own. A record that knows more then belongs to a history that was replaced;
             it is removed, as no write would supersede it.
 
@@ -215,9 +216,25 @@ def refresh(
         report("Making knowledge records", done.users, len(rows))
     if place is not None:
         place.unlink(missing_ok=True)
-    if activate and rows and done.coverage >= settings.coverage and done.covered:
+    if activate and done.covered and done.coverage >= settings.coverage and _is_whole(bundle, knowledge, settings):
         knowledge.activate(bundle.fingerprint)
     return done
+
+
+def _is_whole(bundle: Bundle, knowledge: Store, settings: NearlineSettings) -> bool:
+    """Tell whether this namespace holds about as many users as the one that servers read: a few are no roll-out."""
+    active = knowledge.active()
+    if active in (None, bundle.fingerprint):
+        return True
+    held = {space.name: space.n_records for space in knowledge.namespaces()}
+    own, theirs = held.get(bundle.fingerprint, 0), held.get(str(active), 0)
+    if own >= settings.coverage * theirs:
+        return True
+    _log.warning(
+        "Servers go on with namespace %s, which holds %d users; this one holds %d, and a roll-out needs %.0f%% of them. Give "
+        "the histories of all users, or a lower coverage.", str(active)[:12], theirs, own, 100 * settings.coverage,
+    )  # fmt: skip
+    return False
 
 
 def _remove_longer(bundle: Bundle, knowledge: Store, rows: Mapping[str, Past]) -> None:

@@ -84,14 +84,14 @@ def items_of(bundle: Bundle, history: str) -> tuple[str, ...]:
 
 def _words(bundle: Bundle, parts: Sequence[str]) -> Iterator[str]:
     """Cut at semicolons, but for those inside of the longest name that stands there."""
+    most = 1 + max((name.count(";") for name in (*bundle.titles, *bundle.numbers)), default=0)
     at = 0
     while at < len(parts):
-        joined = [";".join(parts[at:end]).strip() for end in range(len(parts), at + 1, -1)]
-        whole = next((w for w in joined if w.casefold() in bundle.titles or bundle.number(w) is not None), None)
-        word = parts[at].strip() if whole is None else whole
+        joined = ((";".join(parts[at:end]).strip(), end) for end in range(min(len(parts), at + most), at + 1, -1))
+        named = ((w, end) for w, end in joined if w.casefold() in bundle.titles or bundle.number(w) is not None)
+        word, at = next(named, (parts[at].strip(), at + 1))
         if word:
             yield word
-        at += 1 if whole is None else len(parts) - at - joined.index(whole)
 
 
 def _item(bundle: Bundle, word: str) -> Item:

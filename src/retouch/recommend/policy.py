@@ -114,6 +114,11 @@ class Policy(nn.Module):
         chosen: Chosen = self.instructions(self.state(windows))
         return chosen
 
+    def codes(self, windows: Tensor) -> Tensor:
+        """Return the codes of these instructions alone, (batch, books)."""
+        assert self.instructions is not None
+        return self.instructions.codes(self.state(windows))
+
     def tell(self, windows: Tensor) -> Told:
         """Return what knowledge says about some histories.
 

@@ -276,5 +276,5 @@ def residuals_of(policy: Policy, prototypes: Prototypes, windows: NDArray[np.int
     rows = torch.from_numpy(windows).to(policy.generator.first.device)
     if policy.instructions is None or not len(rows):
         return policy.generator.first.new_zeros(len(rows), prototypes.d_model)
-    vectors = torch.from_numpy(prototypes.of(policy.choose(rows).codes)[0]).to(policy.generator.first)
+    vectors = torch.from_numpy(prototypes.of(policy.codes(rows))[0]).to(policy.generator.first)
     return vectors * (rows > 0).any(1, keepdim=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import StoreDown, UserError
 from .record import order
-from .sqlite import KEPT, TOLD_S
+from .sqlite import KEPT, MEMO_S, TOLD_S
 from .stores import Namespace, Past
 
 __all__ = ["Redis"]
@@ -224,7 +224,7 @@ class Redis:
         with self._named():
             pipe = self._r.pipeline(transaction=False)
             for key, value in entries.items():
-                pipe.set(b"retouch#memo:" + key, value, ex=30 * 86400)
+                pipe.set(b"retouch#memo:" + key, value, ex=MEMO_S)
             pipe.execute()
 
     def close(self) -> None:

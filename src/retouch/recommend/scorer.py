@@ -15,6 +15,7 @@ from ..errors import UserError
 from .base import OUTSIDE
 from .beam import Found, search
 from .filters import Living
+from .new_items import code_log_probs, stepper
 from .splits import Samples, seen_pairs, windows
 
 if TYPE_CHECKING:
@@ -101,7 +102,8 @@ class GenerativeScorer:
                 seen, targets = windows(self.data, part, self.generator.n_history)
                 memory = self.generator.encode(torch.from_numpy(seen))
                 residual = None if self.residuals is None else self.residuals(part)
-                values = self.generator.code_log_probs(memory, torch.from_numpy(targets).long(), residual)
+                asked = torch.from_numpy(targets).long()
+                values = code_log_probs(self.generator, memory, asked, residual, self.catalogue)
                 found.append(values.double().cpu().numpy())
         return np.concatenate(found)
 
@@ -137,7 +139,7 @@ class GenerativeScorer:
         """
         with self._still():
             memory = self.generator.encode(torch.from_numpy(windows))
-            steps = self.generator.stepper(memory, residual)
+            steps = stepper(self.generator, memory, residual, self.catalogue)
             return search(
                 steps, self.catalogue.trie, len(windows), beams=beams or self._beams, living=living,
                 renormalise=self.renormalise, device=memory.mask.device,

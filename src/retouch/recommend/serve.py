@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..errors import StoreDown, UserError
-from .answers import Answer, Request
+from .answers import Answer, Request, check_id
 from .ladder import Serving
 from .stores import open_store
 
@@ -146,8 +146,9 @@ def _questions(made: FastAPI, service: Service, batchers: tuple[Batcher, Batcher
     async def events(body: Events) -> dict[str, int]:
         """Tell what users took, for the nearline writer."""
         pairs = [(event.user, event.item) for event in body.events]
-        for user, item in pairs:
-            Request(user, (item,))  # the same rules for ids
+        for i, (user, item) in enumerate(pairs):
+            check_id(f"events[{i}].user", user)
+            check_id(f"events[{i}].item", item)
         unknown = await asyncio.to_thread(service.append, pairs, body.key)
         return {"accepted": len(pairs), "unknown_items": unknown}
 
@@ -284,15 +285,27 @@ def _check(config: dict[str, Any], port: int, workers: int) -> None:
     if config["store"]:
         with suppress(StoreDown):  # it may come back while we serve
             open_store(config["store"]).close()
-    if config["stock"] is not None and not Path(config["stock"]).is_file():
-        raise UserError(f"There is no file {config['stock']} of what is out of stock. An empty one will do.")
+    if config["stock"] is not None:
+        _readable(Path(config["stock"]))
+
+
+def _readable(stock: Path) -> None:
+    """Find what is wrong with the file of what is out of stock now: later, what cannot be read is passed over."""
+    if not stock.is_file():
+        raise UserError(f"There is no file {stock} of what is out of stock. An empty one will do.")
+    try:
+        stock.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{stock}, what is out of stock, cannot be read: {error}. Save it as UTF-8, one id a line."
+        ) from error
 
 
 def _token(path: str | Path | None) -> str:
     if path is None:
         return ""
     try:
-        token = Path(path).read_text(encoding="utf-8").strip()
+        token = Path(path).read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"The token cannot be read from {path}: {error}.") from error
     if not token or not token.isascii() or len(token.split()) != 1:

@@ -28,7 +28,12 @@ CREATE TABLE IF NOT EXISTS histories (
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS changes ON histories (changed);
 CREATE TABLE IF NOT EXISTS told (key TEXT PRIMARY KEY, at INTEGER) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS memo (key BLOB PRIMARY KEY, value BLOB) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS told_at ON told (at);
+CREATE TABLE IF NOT EXISTS remembered (key BLOB PRIMARY KEY, value BLOB, at INTEGER) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS remembered_at ON remembered (at);
+DROP TABLE IF EXISTS memo;
+CREATE TABLE IF NOT EXISTS counter (one INTEGER PRIMARY KEY CHECK (one = 1), last INTEGER);
+INSERT OR IGNORE INTO counter SELECT 1, COALESCE(MAX(changed), 0) FROM histories;
 """
 _PUT = """
 INSERT INTO records VALUES (?, ?, ?, ?, ?) ON CONFLICT (namespace, user) DO UPDATE
@@ -42,6 +47,8 @@ KEPT = 1000
 """Latest items of a history that are kept."""
 TOLD_S = 86_400
 """For how long the key of events is remembered."""
+MEMO_S = 30 * 86_400
+"""For how long records are remembered by what they were made from."""
 
 
 class SQLite:
@@ -178,14 +185,17 @@ class SQLite:
         found: dict[bytes, bytes] = {}
         with self._reading() as c:
             for part in _parts(keys):
-                query = f"SELECT key, value FROM memo WHERE key IN ({','.join('?' * len(part))})"
+                query = f"SELECT key, value FROM remembered WHERE key IN ({','.join('?' * len(part))})"
                 found.update(c.execute(query, part).fetchall())
         return [found.get(key) for key in keys]
 
     def remember(self, entries: Mapping[bytes, bytes]) -> None:
-        """Remember bytes under keys."""
+        """Remember bytes under keys, for 30 days."""
+        now = int(time.time())
         with self._writing() as c:
-            c.executemany("INSERT OR REPLACE INTO memo VALUES (?, ?)", list(entries.items()))
+            c.execute("DELETE FROM remembered WHERE at < ?", (now - MEMO_S,))
+            rows = [(key, value, now) for key, value in entries.items()]
+            c.executemany("INSERT OR REPLACE INTO remembered VALUES (?, ?, ?)", rows)
 
     def close(self) -> None:
         """Close all connections."""
@@ -196,8 +206,10 @@ class SQLite:
         self._own = threading.local()
 
     def _set(self, c: sqlite3.Connection, user: str, past: Past) -> None:
-        top = c.execute("SELECT COALESCE(MAX(changed), 0) FROM histories").fetchone()[0]
-        row = (user, json.dumps(past.items[-KEPT:]), past.length, top + 1)
+        # counted beside the histories: a number that a forgotten user had is never given again
+        c.execute("UPDATE counter SET last = last + 1")
+        number = c.execute("SELECT last FROM counter").fetchone()[0]
+        row = (user, json.dumps(past.items[-KEPT:]), past.length, number)
         c.execute("INSERT OR REPLACE INTO histories VALUES (?, ?, ?, ?)", row)
 
     def _is_told_first(self, c: sqlite3.Connection, key: str) -> bool:
@@ -254,10 +266,11 @@ def _transaction(connection: sqlite3.Connection, begin: str) -> Iterator[sqlite3
     connection.execute(begin)
     try:
         yield connection
+        connection.execute("COMMIT")
     except BaseException:
-        connection.execute("ROLLBACK")
+        if connection.in_transaction:  # of a full disk SQLite has gone back by itself
+            connection.execute("ROLLBACK")
         raise
-    connection.execute("COMMIT")
 
 
 def _parts(keys: Sequence[K]) -> Iterator[Sequence[K]]:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .data import Interactions
+    from .new_items import Shares
     from .splits import Splits
 
 __all__ = [
@@ -148,6 +149,13 @@ class Catalogue:
     def is_new(self) -> NDArray[np.bool_]:
         """Tell for each item number whether it came after the training; [items + 1]."""
         return np.arange(self.n_items + 1) > self.n_trained
+
+    @cached_property
+    def shares(self) -> Shares:
+        """What the last digit of new items, which was never trained, is worth; see `new_items`."""
+        from .new_items import Shares
+
+        return Shares.of(self)
 
     def grown(self, codes: NDArray[np.integer]) -> Catalogue:
         """Add new items; the codes of those that are there stay as they are.

@@ -239,7 +239,9 @@ def test_train_leaves_alone_what_else_lies_in_its_work_folder(done, base, exampl
                 "--name", "law", "--json").json  # fmt: skip
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
-    assert told["notes"]["n_steps"] == 3
+    assert told["notes"]["n_steps"] == 3 and told["notes"]["curve"]
+    record = json.loads((tmp_path / "a" / "retouch.json").read_text())
+    assert set(record["notes"]) == {"settings", "n_steps", "partial"}  # the folder leaves, and losses stay
 
 
 @pytest.mark.parametrize(
@@ -322,6 +324,23 @@ def test_merge_as_a_change_and_as_a_model_are_the_same_fusion(done, base, adapte
         assert torch.allclose(model.matrix(name) - before.matrix(name), part.delta().float(), atol=1e-5)
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert torch.equal(plain.get_parameter(model.anatomy.path(WEIGHTS[0]) + ".weight"), model.weight(WEIGHTS[0]))
+
+
+def test_what_the_type_of_a_merged_model_swallows_is_said(done, retouch, base, examples, data, tmp_path):
+    network = transformers.AutoModelForCausalLM.from_pretrained(base).to(torch.bfloat16)
+    network.save_pretrained(tmp_path / "half")
+    transformers.AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "half")
+    for name in DOMAINS:
+        done("fuse", "train", tmp_path / "half", "--data", examples, "-o", tmp_path / name, *QUICK)
+    words = merge(tmp_path / "half", tmp_path / "law", tmp_path / "film", "--as", "model", "-o", tmp_path / "fused")
+    said = done(*words)
+    assert re.search(r"stored in bfloat16, which loses \d+\.\d% of the change in the mean", " ".join(said.out.split()))
+    lost = done(*words, "--json").json["numbers"]["lost"]
+    before, after = open_model(tmp_path / "half"), open_model(tmp_path / "fused")
+    assert lost and all(0 < share < 1 for share in lost.values())
+    assert any(not torch.equal(before.matrix(name), after.matrix(name)) for name in WEIGHTS)
+    proven = retouch(*words[:-1], tmp_path / "proven", "--max-harm", 1, "--data", data)
+    assert proven.code == 1 and "another model's" in proven.err and not (tmp_path / "proven").exists()
 
 
 def test_a_scale_that_is_given_multiplies_and_json_is_for_programs(done, base, adapters, tmp_path):
@@ -458,6 +477,8 @@ def test_a_drop_that_is_certified_is_kept_and_told(done, base, adapters, data, t
         (("BASE", "LAW", "FILM", "--max-harm", -1, "--data", "DATA"), "--max-harm is a share"),
         (("BASE", "LAW", "FILM", "--max-harm", "nan", "--data", "DATA"), "--max-harm is a share"),
         (("BASE", "LAW", "FILM", "--max-harm", 0.1, "--data", "DATA", "--n-certify", 0), "--n-certify"),
+        (("BASE", "LAW", "FILM", "--n-certify", 5), "--n-certify counts the questions of a certificate"),
+        (("BASE", "LAW", "FILM", "--data", "DATA"), "Nothing here asks the questions"),
         (("BASE", "LAW", "FILM", "--scale", "tune", "--data", "nowhere"), "There is no folder 'nowhere'"),
         (("BASE", "LAW", "FILM", "--scale", "big"), "--scale must be a number"),
         (("BASE", "LAW", "FILM", "--scale", "0"), "lam must be"),
@@ -519,6 +540,8 @@ def test_compose_asks_a_model_and_writes_a_recipe_without_texts(done, base, adap
     assert changed["n_instances"] == 18
     said = done("fuse", "compose", "--data", data, "-n", 1, "--model", base, "--how", "free")
     assert "all correct" in said.out
+    shown = done("fuse", "compose", "--data", data, "-n", 1, "--model", base, "--template", "two_shot", "--json").json
+    assert shown["n_instances"] == 9 and shown["composition_cost"] is not None
 
 
 def test_compose_writes_each_domains_examples(done, data, tmp_path):
@@ -618,3 +641,9 @@ def test_mistakes_of_bench_are_named_before_any_training(refused, base, mmlu, pl
     given = {"--data": mmlu, "--model": base} | dict([words])
     flat = [x for pair in given.items() for x in pair]
     assert says in refused("bench", "fuse", *(place if w == "PLACE" else w for w in flat))
+
+
+def test_answered_examples_that_no_split_keeps_are_missed_before_any_training(refused, base, mmlu, tmp_path):
+    words = ("--data", mmlu, "--model", base, "-k", 2, "--template", "two_shot", "--work", tmp_path / "work")
+    assert "2 answered examples of 2 questions each are wanted in front, and 2" in refused("bench", "fuse", *words)
+    assert not list((tmp_path / "work").rglob("state"))

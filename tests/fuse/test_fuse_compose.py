@@ -103,7 +103,7 @@ def test_shots_are_drawn_from_all_domains():
     found = compose.shots(pools(2, 2, 2), 3, n=2)
     assert [len({q.domain for q in group}) for group in found] == [3, 3]
     assert len({q.key for group in found for q in group}) == 6
-    with pytest.raises(UserError, match="there are 2"):
+    with pytest.raises(UserError, match="2 questions are kept for them"):
         compose.shots(pools(1, 1), 2)
 
 

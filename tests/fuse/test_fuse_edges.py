@@ -15,11 +15,13 @@ from flwr.app import Array, ConfigRecord, Context, Error, Message, Metadata, Rec
 from safetensors.torch import load, save
 
 from retouch import store
-from retouch.errors import RetouchError, StoreError, UserError
+from retouch.errors import FactError, RetouchError, StoreError, UserError
 from retouch.fuse import client_app, server_app
+from retouch.fuse._processes import Programs
 from retouch.fuse._records import from_task, from_upload, to_capabilities, to_task, to_upload
 from retouch.fuse.adapter_file import open_adapter
 from retouch.fuse.cloud import Assignment, Cloud
+from retouch.fuse.deployment import Connection, join
 from retouch.fuse.edge import (
     FACTS,
     Capabilities,
@@ -128,6 +130,41 @@ def test_capabilities_travel(edges: list[EdgeSpec]) -> None:
 def test_node_must_say_who_it_is_and_where_its_examples_are(node: dict[str, str]) -> None:
     with pytest.raises(UserError, match="data="):
         client_app.of_node(node)
+
+
+@pytest.mark.parametrize("line", ['{"prompt": "The patient is", "target": 7, "name": "Ada"}', "Ada is ill", '["Ada"]'])
+def test_what_an_error_says_stays_at_the_edge(
+    model: Model, edges: list[EdgeSpec], tmp_path: Path, caplog: Any, monkeypatch: Any, line: str
+) -> None:
+    _, a = started(model, edges, tmp_path / "run")
+    private = tmp_path / "ward.jsonl"
+    private.write_text(line, encoding="utf-8")
+    odd = dataclasses.replace(edges[0], examples=private)
+    asked = (
+        (client_app.query, RecordDict(), "query.capabilities"),
+        (client_app.train, from_task(a.task, a.package), "train.adapter"),
+    )
+    for answer, content, kind in asked:
+        with pytest.raises(RetouchError) as caught:
+            answer(message(content, kind), context(odd))
+        assert str(caught.value) == "FactError: the log of the edge says more" and caught.value.__suppress_context__
+        assert "ward.jsonl line 1" in caplog.text  # there it helps
+        caplog.clear()
+    monkeypatch.setenv(client_app.EDGES, str(tmp_path / "nodes.json"))  # a simulation: all of it is one machine's
+    with pytest.raises(FactError, match="line 1"):
+        client_app.query(message(RecordDict(), "query.capabilities"), context(odd))
+
+
+@pytest.mark.parametrize(
+    "wish", [{"rank": 0}, {"rank": 1025}, {"ratio": 0.9}, {"ratio": float("nan")}, {"budget_mib": 0.0}]
+)
+def test_an_edge_is_checked_where_it_is_named(edges: list[EdgeSpec], tmp_path: Path, wish: dict[str, Any]) -> None:
+    plain = {"ratio": None, "rank": None} | wish
+    with pytest.raises(UserError, match=rf"The edge law: {next(iter(wish))} must be from"):
+        capabilities(dataclasses.replace(edges[0], **plain))
+    there = Connection("127.0.0.1:1", tmp_path / "home")
+    with Programs() as programs, pytest.raises(FactError, match=r"nowhere\.jsonl"):
+        join(programs, there, EdgeSpec("law", tmp_path / "nowhere.jsonl"), tmp_path)
 
 
 # ---------------------------------------------------------------- tasks and packages

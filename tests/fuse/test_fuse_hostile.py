@@ -445,6 +445,7 @@ CASES = {
     "seen: another weight": Case(record(kept=seen("blocks.9.mlp.down", b"\x01")), "lacks what the edge", own=True),
     "seen: another axis": Case(record(kept=seen(DOWN, b"\x01" * 8, "diagonal")), "lacks what the edge", own=True),
     "seen: too few bits": Case(record(kept=seen(DOWN, b"\x01")), "lacks what the edge", own=True),
+    "seen: six million bits": Case(record(kept=seen(DOWN, b"\xff" * 750_000)), "lacks what the edge", own=True),
     "seen: nothing": Case(record(kept=seen(DOWN, b"\0" * 8)), "lacks what the edge", own=True),
     "seen: no text": Case(record(kept={"sets": [["a"] * 9], "weights": {DOWN: ["columns", 0]}}), "lacks what the edge", own=True),
     "seen: less than is changed": Case(record(kept=seen(DOWN, b"\x01" * 8)), "is changed in columns that", own=True),

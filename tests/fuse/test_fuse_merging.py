@@ -135,6 +135,16 @@ def test_the_scale_is_chosen_on_selection(model, suite, edges):
     assert any(t.title == "Scales that were tried" for t in found.report.tables)
 
 
+def test_a_template_with_answered_examples_serves_tuning_and_the_certificate(model, suite, edges):
+    few = {d: own[:3] for d, own in suite.train.items()}
+    shown = dataclasses.replace(suite, template="two_shot", shots=few)
+    found = merge(model, edges, cat(), suite=shown, tuned=True, lams=(0.5, 4.0), n_selection=1, limit=1.0)
+    assert found.tuned is not None and found.proof is not None and found.proof.holds
+    none_kept = dataclasses.replace(shown, shots={})
+    with pytest.raises(UserError, match="2 answered examples of 1 question each are wanted in front, and 0 questions"):
+        merge(model, edges, cat(), suite=none_kept, tuned=True)
+
+
 def test_a_density_that_was_given_is_kept_when_the_scale_is_tuned(model, suite, edges):
     quick = {"suite": suite, "tuned": True, "lams": (1.0,), "n_selection": 1}
     given = merge(model, edges, registry.make("fuse", "ties", density=0.35), **quick).tuned

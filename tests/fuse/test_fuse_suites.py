@@ -9,6 +9,7 @@ import pytest
 
 from retouch.errors import FactError, UnknownName, UserError
 from retouch.fuse import _mmlu, _synth, suites
+from retouch.fuse._files import labelled
 from retouch.fuse.base import Question
 from retouch.fuse.templates import render
 
@@ -77,7 +78,9 @@ def test_order_of_options_hangs_on_the_question_and_the_seed(tmp_path):
     ("rows", "said"),
     [
         ([("text", "label"), ("only a text",)], r"train\.tsv line 2 has 1 fields"),
-        ([("text", "label"), ("", "owl")], r"train\.tsv line 2 has no text"),
+        ([("text", "label"), ("one", "owl", "hen")], r"train\.tsv line 2 has 3 fields where 2 are expected"),
+        ([("text", "label"), ("", "owl")], r"^birds/train\.tsv line 2 has no text"),
+        ([("text", "sentence2", "label"), ("a", "b", "owl")], r"train\.tsv line 1: there must be columns"),
         ([("one", "two", "three")], r"train\.tsv line 1: there must be columns"),
     ],
 )
@@ -86,6 +89,36 @@ def test_bad_lines_are_named(tmp_path, rows, said):
     write(tmp_path / "birds" / "train.tsv", rows)
     with pytest.raises(FactError, match=said):
         suites.folders(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("header", "row", "wanted"),
+    [
+        ("index question sentence label", "0 what? because. entailment", ("what?", "because.", "entailment")),
+        ("id qid1 qid2 question1 question2 is_duplicate", "0 1 2 a? b? 1", ("a?", "b?", "1")),
+        (
+            "index sentence1 sentence2 label1 gold_label",
+            "0 this that neutral entailment",
+            ("this", "that", "entailment"),
+        ),
+        ("Sentence Label", "so 1", ("so", "", "1")),
+    ],
+)
+def test_columns_are_found_as_sets_name_them_and_no_second_text_is_lost(tmp_path, header, row, wanted):
+    names, cells = header.split(), row.split()
+    write(tmp_path / "a.tsv", [names, cells])
+    write(tmp_path / "a.jsonl", [[json.dumps(dict(zip(names, cells)))]])
+    for file in ("a.tsv", "a.jsonl"):
+        (found,) = labelled(tmp_path / file)
+        assert (found.text, found.pair, found.label) == wanted
+
+
+@pytest.mark.parametrize("row", [{"text": None, "label": 1}, {"text": "a", "label": None}, {"text": ["a"], "label": 1},
+                                 {"text": "a", "label": [1]}, {"text": "a \ud83d", "label": 1}, ["a", 1]])  # fmt: skip
+def test_json_that_is_no_text_with_a_label_is_refused(tmp_path, row):
+    write(tmp_path / "a.jsonl", [[json.dumps({"text": "a", "text2": None, "label": 0})], [json.dumps(row)]])
+    with pytest.raises(FactError, match=r"a\.jsonl line 2"):
+        labelled(tmp_path / "a.jsonl")
 
 
 def test_labels_that_train_lacks_are_refused(tmp_path):

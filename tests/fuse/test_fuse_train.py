@@ -332,6 +332,9 @@ def test_reading_examples(tmp_path: Path) -> None:
     table.write_text("target\tprompt\r\nfour\tTwo and two is\r\nb\ta\n")
     wanted = (Example("Two and two is", "four"), Example("a", "b"))
     assert read_examples(lines) == wanted == read_examples(table)
+    for file in (lines, table):  # with the mark that some editors put in front
+        file.write_text(file.read_text(), encoding="utf-8-sig")
+        assert read_examples(file) == wanted
 
 
 @pytest.mark.parametrize(
@@ -340,6 +343,7 @@ def test_reading_examples(tmp_path: Path) -> None:
         ("a.jsonl", '{"prompt": "a", "target": "b"}\n{"prompt": "a"}\n', "line 2: target"),
         ("a.jsonl", '{"prompt": "a", "target": " "}', "line 1: target"),
         ("a.jsonl", '\n{"prompt": 3, "target": "b"}', "line 2: prompt"),
+        ("a.jsonl", '{"prompt": "a", "target": "b \\ud83d"}', "line 1: target holds half of a character"),
         ("a.jsonl", "{", "line 1: not valid JSON"),
         ("a.jsonl", "[1]", "line 1: expected"),
         ("a.jsonl", "", "no examples"),

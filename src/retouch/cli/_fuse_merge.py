@@ -92,10 +92,16 @@ def merge(
         opened = [seen_by_edges(a, model) for a in given_here]
         asked = {"weights": given, "resolver": resolver}
         judged = {"suite": suite, "tuned": scale == "tune", "fixed": fixed, "limit": max_harm, "n_certify": n_certify}
-        report, proof = _merged(model, opened, chosen, out, kind, dry_run, asked, judged)
+        report, proof, lost = _merged(model, opened, chosen, out, kind, dry_run, asked, judged)
     _show.report(report, html, json_)
     if proof is not None:
         proof.require()
+    if lost and not json_:
+        mean = sum(lost.values()) / len(lost)
+        _show.say(
+            f"The base is stored in {model.file_dtype}, which loses {mean:.1%} of the change in the mean over "
+            f"{_show.count(len(lost), 'weight')}, and {max(lost.values()):.1%} at most. --as adapter loses nothing."
+        )
     if not json_ and not dry_run:
         _show.say(f"Saved as {out}.")
 
@@ -133,6 +139,15 @@ def _check_merge(
                f"--method {method.name}": method.needs == "selection"}  # fmt: skip
     if not data and not dry_run and (what := next((w for w, needs in wanting.items() if needs), None)):
         raise UserError(f"{what} needs questions of the adapters' domains: give --data.")
+    if n_certify is not None and max_harm is None and not dry_run:
+        raise UserError(
+            "--n-certify counts the questions of a certificate, and none is asked for: give --max-harm too."
+        )
+    if data and not dry_run and not any(wanting.values()):
+        raise UserError(
+            f"Nothing here asks the questions of --data {data}: they serve --scale tune, --max-harm and methods that choose "
+            "weights by questions. Add one of these, or leave --data out."
+        )
     if method.needs == "moments" and not dry_run:
         raise UserError(
             f"--method {method.name} needs second moments of each adapter's inputs, which no file of an adapter holds. "
@@ -143,8 +158,10 @@ def _check_merge(
 def _merged(
     model: Model, adapters: list[Adapter], method: Any, out: Path, kind: str, dry_run: bool, asked: dict[str, Any],
     judged: dict[str, Any],
-) -> tuple[Any, Any]:  # fmt: skip
+) -> tuple[Any, Any, dict[str, float]]:  # fmt: skip
     """Fuse, and keep the result unless its proof fails: weight by weight where nothing has to be judged first."""
+    import dataclasses
+
     from ..fuse.base import shares
     from ..fuse.merging import conflict_report, fused_ranks, fused_report, merge, merge_to_folder
 
@@ -153,11 +170,13 @@ def _merged(
         fused_ranks(model, adapters, method, **asked)  # refuses before anything is measured what no adapter can hold
     if dry_run or by_weight:
         report = conflict_report(model, adapters, shares(adapters, asked["weights"]), method.seed)
-        return report if dry_run else fused_report(report, merge_to_folder(model, adapters, method, out, **asked)), None
+        told = report if dry_run else fused_report(report, merge_to_folder(model, adapters, method, out, **asked))
+        return told, None, {}
     made = merge(model, adapters, method, **asked, **judged)
-    if made.proof is None or made.proof.holds:
-        _save(model, made.change, out, kind)
-    return made.report, made.proof
+    if made.proof is not None and not made.proof.holds:
+        return made.report, made.proof, {}
+    lost = _save(model, made.change, out, kind, made.proof is not None)
+    return dataclasses.replace(made.report, numbers={**made.report.numbers, "lost": lost}), made.proof, lost
 
 
 def _scaled(method: Any, scale: str) -> Any:
@@ -171,10 +190,12 @@ def _scaled(method: Any, scale: str) -> Any:
         raise UserError(f"--scale must be a number above 0, or tune; got {scale!r}.") from error
 
 
-def _save(model: Model, change: Any, out: Path, kind: str) -> None:
-    from ..change import save
+def _save(model: Model, change: Any, out: Path, kind: str, proven: bool) -> dict[str, float]:
+    """Keep the result, and return what share of each weight's change the base's own type swallows."""
+    from ..change import TOLERANCE, save
+    from ..errors import NoEffect
     from ..fuse.adapter_file import write_adapter
-    from ..ledger import Ledger, save_ledger
+    from ..ledger import Ledger, save_ledger, survival
 
     if kind == "change":
         save(change, out)
@@ -182,7 +203,16 @@ def _save(model: Model, change: Any, out: Path, kind: str) -> None:
         ranks = {name: part.rank for name, part in change.parts.items()}
         write_adapter(out, iter(change.parts.items()), ranks, model, notes=dict(change.notes))
     else:
-        save_ledger(Ledger(model).apply(change), out)
+        after = Ledger(model).apply(change)
+        lost = survival(after, accept_loss=True)
+        if proven and (most := max(lost.values(), default=0.0)) > TOLERANCE:
+            raise NoEffect(
+                f"Stored in {model.file_dtype}, the base's own type, a weight would lose {most:.0%} of its change, so that the "
+                "certificate would be another model's. Keep the result with --as adapter or --as change."
+            )
+        save_ledger(after, out)
+        return lost
+    return {}
 
 
 # ---------------------------------------------------------------- composed questions
@@ -221,6 +251,7 @@ def compose(
     from ..fuse.asking import as_change, asked
     from ..fuse.compose import bundles, drawn_as, read_recipe, singles, write_recipe
     from ..fuse.composed_metrics import measure
+    from ..fuse.suites import answered
 
     if adapter is not None and model is None:
         raise UserError("--adapter is asked together with its base: give --model too.")
@@ -239,12 +270,13 @@ def compose(
     if model is not None:
         with _show.progress():
             opened = open_base(model)
-            change = None
+            change = alone = None
             if adapter is not None:
                 change = as_change(open_adapters([adapter], opened, True, False)[0])
-            where = {"how": how, "chat": chat, "wording": suite.template}
-            composed = asked(opened, change, instances, **where)
-            alone = None if how == "free" else asked(opened, change, singles(instances), **where)
+            where: dict[str, Any] = {"how": how, "chat": chat, "wording": suite.template}
+            composed = asked(opened, change, instances, shots=answered(suite, len(instances[0].parts)), **where)
+            if how != "free":
+                alone = asked(opened, change, singles(instances), shots=answered(suite, 1), **where)
         told |= measure(composed, alone=alone).to_dict()
     if json_:
         _show.emit(told)

@@ -28,6 +28,10 @@ def _() -> None:
     """Fuse adapters that private sites have trained, and prove what the result can do."""
 
 
+_TOLD = ("settings", "n_steps", "partial")
+"""What an adapter's folder, which leaves the edge, says of its training: no losses, and nothing that counts the texts."""
+
+
 # ---------------------------------------------------------------- the way of one adapter
 
 
@@ -155,7 +159,7 @@ def train(
             iter(made.parts.items()),
             ranks,
             opened,
-            notes=dict(made.notes),
+            notes={what: made.notes[what] for what in _TOLD},
             plan=made.plan,
             n_examples=made.n_examples,
         )

@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .. import store
 from ..change import LowRank
 from ..settings import setting
+from ._streams import draws, keys_of
 from .base import Entries, FuseMethod, Module, Resolver
 from .core import Core, canonical, factors, spanned, within
 
@@ -29,7 +29,6 @@ __all__ = [
     "Rule",
     "averaged",
     "collected",
-    "draws",
     "elected",
     "in_core",
     "refactored",
@@ -50,30 +49,6 @@ SNAP = 1e-10
 """Coordinates below this share of the largest are rounding: a structural zero must not vote."""
 
 
-# ---------------------------------------------------------------- random numbers that belong to a row
-
-
-def draws(seed: int, weight: str, adapter: str, row: int, rows: int, inputs: int) -> Tensor:
-    """Return uniform numbers in [0, 1) that depend on the row, not on which rows are asked for together.
-
-    Args:
-        seed: The method's seed.
-        weight: Our name of the weight.
-        adapter: The adapter's name.
-        row: The first row.
-        rows: How many rows.
-        inputs: Numbers in a row.
-
-    Returns:
-        (rows, inputs), float32.
-    """
-    key = int(store.key(seed=seed, weight=weight, adapter=adapter)[:32], 16)
-    steps = -(-inputs // 8)  # one step of the counter gives eight numbers of 32 bits
-    words = np.random.Philox(key=key, counter=row * steps).random_raw(rows * steps * 4)
-    numbers = words.astype("<u8", copy=False).view("<u4").reshape(rows, steps * 8)[:, :inputs] >> 8
-    return torch.from_numpy(numbers.astype(np.float32)).mul_(2.0**-24)
-
-
 # ---------------------------------------------------------------- the blocks of one weight
 
 
@@ -91,7 +66,7 @@ class Blocks:
         self.tile = _tile(len(module.parts), self.shape[1])
         self.rows = self.tile * -(-(rows or 1) // self.tile)
         self._factors = [(p.left.float().contiguous(), p.right.float().contiguous()) for p in module.parts]
-        self._keys = _keys(module)
+        self._keys = keys_of(module)
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
         """Yield the first row's number and the differences there, (adapters, rows, inputs), which may be written over."""
@@ -165,12 +140,6 @@ def _tile(n: int, inputs: int) -> int:
     while tile > 16 and 4 * tile * inputs * (n + 3) > BYTES:
         tile //= 2
     return tile
-
-
-def _keys(module: Module) -> list[str]:
-    """Name the adapters apart: those of one name by their order among themselves."""
-    names = module.names or tuple(str(owner) for owner in module.owners)
-    return [f"{name}#{names[:i].count(name)}" if name in names[:i] else name for i, name in enumerate(names)]
 
 
 # ---------------------------------------------------------------- steps of rules
@@ -276,7 +245,7 @@ def _start(module: Module, width: int, seed: int) -> Tensor:
     outputs, inputs = module.shape
     first = min(width - OVERSAMPLE, sum(p.rank for p in module.parts))
     sketch = torch.zeros(inputs, first, dtype=torch.float64)
-    for part, weight, name in zip(module.parts, module.weights, _keys(module)):
+    for part, weight, name in zip(module.parts, module.weights, keys_of(module)):
         mixed = part.left.double().T @ _normal(outputs, first, seed, module.name, name)
         sketch.addmm_(part.right.double().T, mixed, alpha=weight)
     return torch.cat([sketch, _normal(inputs, width - first, seed, module.name, "")], 1)

@@ -13,6 +13,7 @@ import torch
 from .. import store, tokens
 from ..errors import FactError, absent
 from ..model import Model
+from ._files import broken
 from .base import Example
 
 __all__ = ["Order", "encoded", "read_examples", "rows_key"]
@@ -29,7 +30,7 @@ def read_examples(path: str | Path) -> tuple[Example, ...]:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (FileNotFoundError, IsADirectoryError) as error:
         raise FactError(str(absent(path))) from error
     except OSError as error:
@@ -76,6 +77,8 @@ def _example(path: Path, number: int, prompt: object, target: object) -> Example
     for name, value in (("prompt", prompt), ("target", target)):
         if not isinstance(value, str) or not value.strip():
             raise FactError(f"{path} line {number}: {name} must be a text that is not empty; got {value!r}.")
+        if broken(value):
+            raise FactError(f"{path} line {number}: {name} holds half of a character (a lone surrogate). Correct it.")
     return Example(str(prompt), str(target))
 
 

@@ -5,18 +5,21 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import FactError, UserError
 
-__all__ = ["Choice", "Labelled", "labelled", "multiple_choice"]
+__all__ = ["Choice", "Labelled", "broken", "labelled", "multiple_choice"]
 
-_TEXT = ("text", "sentence", "sentence1", "#1 string", "question", "premise")
-_PAIR = ("text2", "sentence2", "#2 string", "hypothesis")
-_LABEL = ("label", "quality", "class")
+_TEXTS = (
+    ("text", "text2"), ("#1 string", "#2 string"), ("question1", "question2"), ("sentence1", "sentence2"),
+    ("premise", "hypothesis"), ("question", "sentence"), ("text",), ("sentence",), ("question",), ("sentence1",), ("premise",),
+)  # fmt: skip
+"""Names of the columns of a text, or of a pair of texts; the first that are all there count."""
+_LABELS = ("label", "quality", "is_duplicate", "gold_label", "class")
 
 
 @dataclass(frozen=True)
@@ -68,14 +71,14 @@ def multiple_choice(path: Path) -> list[Choice]:
     """Read MMLU's format: question, four options and a letter, separated by commas, without names of columns.
 
     Raises:
-        FactError: A row has not six fields, an empty one, or another letter; with file and line.
+        FactError: A row has not six fields, no question, or another letter; with file and line.
         UserError: The file is missing or is no text.
     """
     return [_choice(path, line, cells) for line, cells in _comma_rows(path, _text(path))]
 
 
 def _choice(path: Path, line: int, cells: Sequence[str]) -> Choice:
-    where = f"{path.name} line {line}"
+    where = f"{_named(path)} line {line}"
     if len(cells) != 6:
         raise FactError(f"{where}: a row is a question, four options and a letter, so 6 fields; this has {len(cells)}.")
     stem, *options, letter = (cell.strip() for cell in cells)
@@ -97,7 +100,12 @@ def _text(path: Path) -> str:
         if path.suffix.lower() == ".all":  # published in Latin-1
             return data.decode("latin-1")
         line = data.count(b"\n", 0, error.start) + 1
-        raise FactError(f"{path.name} line {line} is not UTF-8 text. Save the file as UTF-8.") from error
+        raise FactError(f"{_named(path)} line {line} is not UTF-8 text. Save the file as UTF-8.") from error
+
+
+def _named(path: Path) -> str:
+    """Name a file with its folder: every domain has a train file."""
+    return f"{path.parent.name}/{path.name}" if path.parent.name else path.name
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:
@@ -116,52 +124,69 @@ def _comma_rows(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
                 yield start, cells
             start = reader.line_num + 1
     except csv.Error as error:
-        raise FactError(f"{path.name} line {start} is no valid CSV: {error}.") from error
+        raise FactError(f"{_named(path)} line {start} is no valid CSV: {error}.") from error
 
 
 def _from_table(path: Path, rows: Sequence[tuple[int, Sequence[str]]]) -> list[Labelled]:
     names = [cell.strip().casefold() for cell in rows[0][1]] if rows else []
-    text, label = _column(names, _TEXT), _column(names, _LABEL)
-    if text is not None and label is not None:
-        pair, body = _column(names, _PAIR), rows[1:]
+    if columns := _columns(names):
+        body = rows[1:]
     elif len(names) == 2:
-        text, pair, label, body = 0, None, 1, rows
+        columns, body = (("0",), "1"), rows
+        names = ["0", "1"]
     else:
         raise FactError(
-            f"{path.name} line 1: there must be columns text and label (or sentence1, sentence2, label as in GLUE); "
+            f"{_named(path)} line 1: there must be columns text and label (or sentence1, sentence2, label as in GLUE); "
             f"got {', '.join(names)!r:.80}."
         )
     found = []
     for line, cells in body:
-        if len(cells) <= max(text, label, pair or 0):
-            raise FactError(f"{path.name} line {line} has {len(cells)} fields where {max(len(names), 2)} are expected.")
-        found.append(_row(path, line, cells[text], "" if pair is None else cells[pair], cells[label]))
+        if len(cells) != len(names):
+            raise FactError(f"{_named(path)} line {line} has {len(cells)} fields where {len(names)} are expected.")
+        found.append(_row(path, line, dict(zip(names, cells)), columns))
     return found
 
 
-def _column(names: Sequence[str], known: Sequence[str]) -> int | None:
-    return next((names.index(name) for name in known if name in names), None)
+def _columns(names: Collection[str]) -> tuple[Sequence[str], str] | None:
+    """Return the names of the text, or of both texts, and of the label; None where a second text would be left unread."""
+    texts = next((known for known in _TEXTS if all(name in names for name in known)), ())
+    label = next((name for name in _LABELS if name in names), None)
+    seconds = {known[1] for known in _TEXTS if len(known) > 1}
+    unread = seconds.intersection(names).difference(texts)
+    return None if not texts or label is None or unread else (texts, label)
 
 
 def _from_object(path: Path, line: int, text: str) -> Labelled:
     try:
         found: Any = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise FactError(f"{path.name} line {line} is not valid JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise FactError(f"{path.name} line {line} must be an object with text and label.")
-    cells = {str(name).casefold(): value for name, value in found.items()}
-    text_, pair, label = (next((cells[n] for n in known if n in cells), "") for known in (_TEXT, _PAIR, _LABEL))
-    return _row(path, line, str(text_), str(pair), str(label))
+        raise FactError(f"{_named(path)} line {line} is not valid JSON: {error}") from error
+    cells = {str(name).casefold(): value for name, value in found.items()} if isinstance(found, dict) else {}
+    columns = _columns([name for name, value in cells.items() if value is not None])
+    if columns is None:
+        raise FactError(f"{_named(path)} line {line} must be an object with text and label.")
+    texts, label = columns
+    if not all(isinstance(cells[name], str) for name in texts) or not isinstance(cells[label], str | int | float):
+        raise FactError(f"{_named(path)} line {line}: a text must be a text, and a label a text or a number.")
+    return _row(path, line, {name: str(value) for name, value in cells.items()}, columns)
+
+
+def broken(text: str) -> bool:
+    """Tell whether a text holds half of a character, as JSON may: no tokenizer reads it."""
+    return not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _label_first(path: Path, line: int, text: str) -> Labelled:
     label, _, rest = text.strip().partition(" ")
-    return _row(path, line, rest, "", label)
+    return _row(path, line, {"text": rest, "label": label}, (("text",), "label"))
 
 
-def _row(path: Path, line: int, text: str, pair: str, label: str) -> Labelled:
-    text, pair, label = text.strip(), pair.strip(), label.strip()
-    if not text or not label:
-        raise FactError(f"{path.name} line {line} has no {'label' if text else 'text'}.")
-    return Labelled(text, pair, label, f"{path.name} line {line}")
+def _row(path: Path, line: int, cells: Mapping[str, str], columns: tuple[Sequence[str], str]) -> Labelled:
+    texts, label = [cells[name].strip() for name in columns[0]], cells[columns[1]].strip()
+    if not texts[0] or not label:
+        raise FactError(f"{_named(path)} line {line} has no {'label' if texts[0] else 'text'}.")
+    if broken("".join((*texts, label))):
+        raise FactError(
+            f"{_named(path)} line {line} holds half of a character (a lone surrogate). Correct or leave out the row."
+        )
+    return Labelled(texts[0], texts[1] if len(texts) > 1 else "", label, f"{_named(path)} line {line}")

@@ -62,9 +62,11 @@ def unpacked(told: Any, shapes: Mapping[str, tuple[int, int]], where: str) -> di
 
 def _index(text: str, length: int) -> tuple[int, ...]:
     data = np.frombuffer(base64.b64decode(text, validate=True), dtype=np.uint8)
+    if len(data) != -(-length // 8):  # before bits become numbers, each of which takes three hundred times its size
+        raise ValueError("another number of rows or columns")
     index = tuple(np.flatnonzero(np.unpackbits(data, bitorder="little")).tolist())
-    if len(data) != -(-length // 8) or not index or index[-1] >= length:
-        raise ValueError("another number of rows or columns, or none of them")
+    if not index or index[-1] >= length:
+        raise ValueError("rows or columns beyond the weight, or none of them")
     return index
 
 

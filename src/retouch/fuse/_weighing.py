@@ -74,7 +74,7 @@ class Mixture:
             raise UserError(
                 "There is no selection question to choose weights by. Give the domains' questions (--data)."
             )
-        shown = [render((q,), ground.wording) for q in asked]
+        shown = [render((q,), ground.wording, ground.shots) for q in asked]
         if ground.chat:
             shown = [chatted(self.model.tokenizer, r) for r in shown]
         self._rows = lines(self.model, shown, ground.wording, special=not ground.chat)

@@ -220,6 +220,7 @@ class Ground:
         moments: For each adapter the second moments (inputs, inputs) of what flows into each weight, if sent.
         wording: Name of the template that the questions are asked with.
         chat: Whether they are asked through the chat template.
+        shots: Answered examples in front, where the template wants them.
     """
 
     model: Model
@@ -227,6 +228,7 @@ class Ground:
     moments: Sequence[Mapping[str, Any]] = ()
     wording: str = "plain"
     chat: bool = False
+    shots: Sequence[Sequence[Question]] = ()
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from .composed_metrics import assemble, measure, paired, require_signal
 from .memory import Load
 from .prune import plan_prune
 from .recover import recover
-from .suites import Suite, examples
+from .suites import Suite, answered, examples
 from .train import LoraSettings, initial_a, train
 from .tuning import LAMS, Tuned, tune, variants
 
@@ -187,8 +187,8 @@ def run(model: Model, suite: Suite, wanted: Bench, out: Path, work: Path | None 
     work = work or store.cache_dir() / "fuse" / "bench" / _key(model, suite, wanted)[:16]
     test = bundles(suite.test, wanted.k, wanted.seed, n_bundles=wanted.n_test)
     select = bundles(suite.selection, wanted.k, wanted.seed, n_bundles=wanted.n_selection)
-    adapters, others = edges(model, suite, wanted, work)
     asking = _Asking(model, test, work / "rows", suite, wanted)
+    adapters, others = edges(model, suite, wanted, work)
     rows = {"base": asking.row("base", None)}
     for adapter in adapters:
         rows[f"single:{adapter.name}"] = asking.row(f"single:{adapter.name}", as_change(adapter), dict(adapter.notes))
@@ -232,7 +232,7 @@ def _tuned(
     model: Model, suite: Suite, adapters: Sequence[Adapter], forms: Mapping[str, FuseMethod], resolver: Resolver | None,
     select: Sequence[Instance], wanted: Bench,
 ) -> tuple[Tuned, dict[str, Any]]:  # fmt: skip
-    ground = Ground(model, suite.selection, wording=suite.template, chat=wanted.chat)
+    ground = Ground(model, suite.selection, wording=suite.template, chat=wanted.chat, shots=answered(suite, 1))
     seconds: list[float] = []
     peak: list[float] = []
     equal = shares(adapters)
@@ -246,7 +246,7 @@ def _tuned(
         return change
 
     tuned = tune(
-        forms, plan, judge(model, select, chat=wanted.chat, wording=suite.template), len(select),
+        forms, plan, judge(model, select, chat=wanted.chat, wording=suite.template, shots=answered(suite, wanted.k)), len(select),
         first=wanted.first, lams=wanted.lams,
     )  # fmt: skip
     return tuned, {"seconds": min(seconds), "peak_mib": max(peak)}
@@ -258,6 +258,7 @@ class _Asking:
     def __init__(self, model: Model, test: Sequence[Instance], folder: Path, suite: Suite, wanted: Bench) -> None:
         self.model, self.test, self.alone = model, list(test), singles(test)
         self.folder, self.how = folder, {"chat": wanted.chat, "wording": suite.template}
+        self.shown, self.shown_alone = answered(suite, wanted.k), answered(suite, 1)
         self.run = _key(model, suite, wanted)  # a folder that the user named may hold another run's systems
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -275,8 +276,8 @@ class _Asking:
         if (found := self.kept(name)) is not None:
             return found
         start = time.perf_counter()
-        composed = asked(self.model, change, self.test, **self.how)
-        alone = asked(self.model, change, self.alone, **self.how)
+        composed = asked(self.model, change, self.test, shots=self.shown, **self.how)
+        alone = asked(self.model, change, self.alone, shots=self.shown_alone, **self.how)
         ask_s = time.perf_counter() - start
         known = {**(facts or {}), "ppl": self._perplexity(change), "ask_seconds": ask_s}
         plain = {

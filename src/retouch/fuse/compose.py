@@ -179,7 +179,8 @@ def shots(
     pools = {d: random_.sample(list(own), len(own)) for d, own in questions.items() if own}
     if not pools or sum(map(len, pools.values())) < n * k:
         raise UserError(
-            f"{n} examples of {k} questions are wanted; there are {sum(map(len, pools.values()))} for them."
+            f"{n} answered examples of {k} {'question' if k == 1 else 'questions'} each are wanted in front, and "
+            f"{sum(map(len, pools.values()))} questions are kept for them. Take another template, or more rows to train."
         )
     turn = cycle(pools)
     found = []

@@ -6,7 +6,6 @@ number stands beside its null level, made by giving every entry of every adapter
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,13 +18,16 @@ from .. import report
 from .._plots import plot_heat
 from ..linalg import frobenius_norm
 from ..progress import track
+from ._streams import bits, keys_of
 from .base import Adapter, Module, modules, shares
 from .core import FACTOR_TOLERANCE, triples
 
-__all__ = ["Conflict", "conflict_of", "differences", "level", "measure", "null_level", "report_of"]
+__all__ = ["Conflict", "conflict_of", "differences", "left_by_chance", "level", "levels", "measure", "report_of"]
 
-BLOCK = 1 << 22
-"""Numbers of one adapter's difference that are in memory at once."""
+BLOCK = 1 << 19
+"""Numbers of all differences together that are in memory at once, if they are more than a row of each."""
+SIGN = -(1 << 31)
+"""The bit of a float32 that is its sign."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,12 +74,13 @@ class Conflict:
 def differences(module: Module, block: int = BLOCK) -> Iterator[tuple[int, Tensor]]:
     """Go through the rows of all weighted differences of a weight: the first row's number, and (adapters, rows, inputs)."""
     outputs, inputs = module.shape
-    step = max(1, block // inputs)
+    step = max(1, block // (inputs * len(module.parts)))
+    sides = [(w * p.left.double(), p.right.double()) for p, w in zip(module.parts, module.weights)]
     for row in range(0, outputs, step):
-        rows = [
-            w * (p.left[row : row + step].double() @ p.right.double()) for p, w in zip(module.parts, module.weights)
-        ]
-        yield row, torch.stack(rows)
+        x = torch.empty(len(sides), min(step, outputs - row), inputs, dtype=torch.float64)
+        for one, (left, right) in zip(x, sides):
+            torch.mm(left[row : row + step], right, out=one)
+        yield row, x
 
 
 def level(x: Tensor) -> tuple[float, float]:
@@ -89,28 +92,31 @@ def level(x: Tensor) -> tuple[float, float]:
     return float(x.sum(0).abs().sum()), float(x.abs().sum())
 
 
-def null_level(module: Module, draws: int = 4, seed: int = 0, block: int = BLOCK) -> float:
-    """Return the conflict that random signs would give; magnitudes and structural zeros are kept."""
-    return _levels(module, draws, seed, block)[1]
+def left_by_chance(x: Tensor, module: Module, seed: int, row: int = 0, draws: int = 4) -> float:
+    """Return what random signs would leave of the writes, mean over at most 32 draws; sizes and structural zeros are kept.
+
+    The signs belong to the adapters' names and to the rows, so that the order of adapters and of rows changes nothing.
+
+    Shapes:
+        x: (adapters, rows, inputs), from `row` on.
+    """
+    _, rows, inputs = x.shape
+    sums = torch.zeros(draws, rows, inputs)
+    for one, key in zip(x.float(), keys_of(module)):
+        words, plain = bits(seed, module.name, key, row, rows, inputs), one.view(torch.int32)
+        for i, total in enumerate(sums):
+            total += (words << (31 - i) & SIGN ^ plain).view(torch.float32)
+    return float(sums.abs_().sum(dtype=torch.float64)) / draws
 
 
-def _levels(module: Module, draws: int, seed: int, block: int) -> tuple[float, float]:
-    left = total = 0.0
-    by_chance = 0.0
-    stream = _stream(module.name, seed)
-    for _, x in differences(module, block):
+def levels(module: Module, draws: int = 4, seed: int = 0, block: int = BLOCK) -> tuple[float, float]:
+    """Return the conflict, and the null level: what random signs would give."""
+    left = total = by_chance = 0.0
+    for row, x in differences(module, block):
         kept, written = level(x)
         left, total = left + kept, total + written
-        for _ in range(draws):
-            signs = torch.randint(0, 2, x.shape, generator=stream, dtype=torch.int8)
-            by_chance += level(x * (2 * signs - 1))[0] / draws
+        by_chance += left_by_chance(x, module, seed, row, draws)
     return (1 - left / total, 1 - by_chance / total) if total else (0.0, 0.0)
-
-
-def _stream(name: str, seed: int) -> torch.Generator:
-    """Return random numbers of a weight's own, so that the order of the weights changes nothing."""
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
 def conflict_of(module: Module, draws: int = 4, seed: int = 0, block: int = BLOCK) -> Conflict:
@@ -118,11 +124,11 @@ def conflict_of(module: Module, draws: int = 4, seed: int = 0, block: int = BLOC
 
     Args:
         module: The weight with the adapters' differences.
-        draws: How often signs are drawn for the null level.
+        draws: How often signs are drawn for the null level, at most 32 times.
         seed: Of those signs.
-        block: Numbers of one difference in memory at once.
+        block: Numbers of all differences in memory at once.
     """
-    found, null = _levels(module, draws, seed, block)
+    found, null = levels(module, draws, seed, block)
     spaces = [triples(p, FACTOR_TOLERANCE) for p in module.parts]  # what the differences span, however they are cut
     ranks = torch.tensor([len(s) for _, s, _ in spaces], dtype=torch.float64)
     outputs, inputs = module.shape

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..settings import setting
-from ._blocks import draws
+from ._streams import draws, keys_of
 from .base import Module, Resolver
-from .conflict import differences, level, null_level
+from .conflict import differences, left_by_chance, level, levels
 from .core import Core
 
 __all__ = ["CRSign"]
@@ -63,7 +63,10 @@ class CRSign(Resolver):
         """Return the core with outvoted coordinates lessened."""
         shares = torch.tensor(module.weights, dtype=torch.float64)[:, None, None]
         x = core.middles * shares
-        masked = self._masked(x, self._limits(*_levels(x, self.seed)), 0, module.name)
+        left, total = level(x)
+        by_chance = left_by_chance(x, module, self.seed)
+        found = (1 - left / total, 1 - by_chance / total) if total else (0.0, 0.0)
+        masked = self._masked(x, self._limits(*found), 0, module)
         solved = core.middles * masked
         return replace(core, middles=solved * _restored(core.middles, solved))
 
@@ -77,18 +80,17 @@ class CRSign(Resolver):
         """
         if self.space == "core":
             return None
-        found = _measured(module, self.seed)
-        limits = self._limits(*found)
+        limits = self._limits(*levels(module, seed=self.seed))
         before = torch.zeros(len(module.parts), dtype=torch.float64)
         after = before.clone()
         for row, x in differences(module):
             before += x.square().sum((1, 2))
-            after += (x * self._masked(x, limits, row, module.name)).square().sum((1, 2))
+            after += (x * self._masked(x, limits, row, module)).square().sum((1, 2))
         scale = (before / after.clamp_min(torch.finfo(torch.float64).tiny)).sqrt().clamp_max(2.0)
         shares = torch.tensor(module.weights, dtype=torch.float64)[:, None, None]
 
         def lessen(block: Tensor, row: int) -> Tensor:
-            mask = self._masked(block.double() * shares, limits, row, module.name)
+            mask = self._masked(block.double() * shares, limits, row, module)
             return (block * mask * scale[:, None, None]).to(block.dtype)
 
         return lessen
@@ -99,7 +101,7 @@ class CRSign(Resolver):
         share = min(1.0, max(0.0, (conflict - null) / (1 - null))) if null < 1 else 0.0
         return floor, self.beta * (share if self.gate == "module" else 1.0)
 
-    def _masked(self, x: Tensor, limits: tuple[float, float], row: int, name: str) -> Tensor:
+    def _masked(self, x: Tensor, limits: tuple[float, float], row: int, module: Module) -> Tensor:
         """Return the factor of every entry, from 1 - beta to 1."""
         floor, beta = limits
         above, below = x.clamp_min(0).sum(0), (-x).clamp_min(0).sum(0)
@@ -111,7 +113,7 @@ class CRSign(Resolver):
             loses = ~loses & (x != 0)
         taken = beta * gate * loses
         if self.random:
-            each = [draws(self.seed, name, str(i), row, x.shape[1], x.shape[2]) for i in range(len(x))]
+            each = [draws(self.seed, module.name, key, row, *x.shape[1:]) for key in keys_of(module)]
             taken = _shuffled(taken, x != 0, torch.stack(each))
         mask: Tensor = 1 - taken
         return mask
@@ -132,20 +134,3 @@ def _restored(before: Tensor, after: Tensor) -> Tensor:
     old, new = before.flatten(1).norm(dim=1), after.flatten(1).norm(dim=1)
     scale: Tensor = (old / new.clamp_min(torch.finfo(old.dtype).tiny)).clamp_max(2.0)
     return scale[:, None, None]
-
-
-def _levels(x: Tensor, seed: int, draws: int = 4) -> tuple[float, float]:
-    """Return conflict and chance level of coordinates."""
-    left, total = level(x)
-    stream = torch.Generator().manual_seed(seed)
-    signs = [2.0 * torch.randint(0, 2, x.shape, generator=stream) - 1 for _ in range(draws)]
-    by_chance = sum(level(x * sign)[0] for sign in signs) / draws
-    return (1 - left / total, 1 - by_chance / total) if total else (0.0, 0.0)
-
-
-def _measured(module: Module, seed: int) -> tuple[float, float]:
-    left = total = 0.0
-    for _, x in differences(module):
-        kept, written = level(x)
-        left, total = left + kept, total + written
-    return (1 - left / total if total else 0.0), null_level(module, seed=seed)

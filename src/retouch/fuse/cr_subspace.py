@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import combinations
 
 import numpy as np
 import torch
@@ -53,7 +54,7 @@ class CRSubspace(Resolver):
 
     def resolve(self, core: Core, module: Module) -> Core:
         """Return the core with opposing writes projected apart."""
-        if len(module.parts) == 1:
+        if len(module.parts) == 1 or not core.middles.any():
             return core
         z, basis = writes(core, module.weights)
         live = norms(z) > TINY * norms(z).max(1, keepdim=True).values
@@ -101,17 +102,16 @@ def chance(z: Tensor, live: Tensor, quantile: float) -> Tensor:
     """Return for each pair the size of cosine that writes into different directions reach by chance.
 
     Shapes:
-        (adapters, adapters).
+        (adapters, adapters); 0 on the diagonal, where nothing can oppose.
     """
     n, directions, _ = z.shape
     unit = z / norms(z).clamp_min(torch.finfo(z.dtype).tiny)[..., None]
     apart = ~torch.eye(directions, dtype=torch.bool)
     limit = torch.zeros(n, n, dtype=z.dtype)
-    for i in range(n):
-        for j in range(n):
-            known = live[i][:, None] & live[j][None, :] & apart
-            sizes = (unit[i] @ unit[j].T).abs()[known]
-            limit[i, j] = torch.quantile(sizes, quantile) if sizes.numel() else 0.0
+    for i, j in combinations(range(n), 2):
+        known = live[i][:, None] & live[j][None, :] & apart
+        sizes = (unit[i] @ unit[j].T).abs()[known].numpy()
+        limit[i, j] = limit[j, i] = float(np.quantile(sizes, quantile)) if sizes.size else 0.0
     return limit
 
 

@@ -24,7 +24,7 @@ from ..errors import RetouchError, UserError, unknown
 from ._app import write_app
 from ._processes import Program, Programs, executable
 from .cloud import Outcome
-from .edge import EdgeSpec, Sharing, check_name
+from .edge import EdgeSpec, Sharing, capabilities
 from .roster import Known, Roster, key_of
 from .runs import Run, check_run, save_run
 
@@ -262,10 +262,11 @@ def join(
         more: More of its environment.
 
     Raises:
-        UserError: A package or a key is missing, or the name cannot be one.
+        UserError: A package or a key is missing, or the edge cannot be what it says.
+        FactError: Its examples cannot be read.
     """
     _require()
-    check_name(spec.name)
+    capabilities(spec, sharing)  # said here, where it helps: the cloud is told no more than that something is wrong
     command = [sys.executable, "-m", "retouch.fuse._supernode", "--superlink", connection.address]
     command += ["--port", str(port or free_port())]
     if keys is None:

@@ -24,9 +24,11 @@ from ..change import versions
 from ..errors import StoreError, UserError
 from ..model import Model
 from ..settings import Settings, setting, with_settings
+from ._adapter_config import MAX_RANK
 from ._dp import Private
 from ._factors import shapes_of
 from ._quantised import quantised, upload_bytes
+from ._widths import LARGEST_RATIO
 from .adapter_file import named_tensors
 from .base import Adapter, Example
 from .privacy import GUARANTEE, Released, check_privacy, refuse_unshipped, released
@@ -133,10 +135,11 @@ def capabilities(spec: EdgeSpec, sharing: Sharing | None = None) -> Capabilities
     """Say what an edge can do.
 
     Raises:
-        UserError: Its name cannot be one, or both a budget and a ratio are given.
+        UserError: Its name cannot be one, both a budget and a ratio are given, or one of its numbers cannot be.
         FactError: Its examples cannot be read.
     """
     check_name(spec.name)
+    _check_wishes(spec)
     if spec.budget_mib is not None and spec.ratio is not None:
         raise UserError(f"The edge {spec.name} states both a budget and a ratio; one of them decides. Leave one out.")
     sharing = sharing or Sharing()
@@ -146,6 +149,15 @@ def capabilities(spec: EdgeSpec, sharing: Sharing | None = None) -> Capabilities
         spec.name, spec.budget_mib, spec.ratio, spec.rank, os.cpu_count() or 1, cached_packages(), _software(), count,
         sharing.privacy,
     )  # fmt: skip
+
+
+def _check_wishes(spec: EdgeSpec) -> None:
+    most = {"budget_mib": (1.0, 1e9), "ratio": (0.0, LARGEST_RATIO), "rank": (1, MAX_RANK)}
+    for name, (low, high) in most.items():
+        if (value := getattr(spec, name)) is not None and not low <= value <= high:
+            raise UserError(
+                f"The edge {spec.name}: {name} must be from {low:g} to {high:g}; got {value!r}. Correct it."
+            )
 
 
 def check_name(name: object) -> str:

@@ -4,8 +4,8 @@ After one round nothing beats cat, which is exact. Over several rounds the edges
 averages of theirs. The product of averages is not the average of products, but what lies between is known and of low
 rank; added to the base, it makes the round exact.
 
-Source: FedEx-LoRA (Singhal et al., ACL 2025); with ``fresh`` FLoRA (Wang et al., NeurIPS 2024), which folds the whole
-mean and starts anew.
+Source: FedEx-LoRA (Singhal et al., ACL 2025). FLoRA (Wang et al., NeurIPS 2024) folds the whole mean, which is what `cat`
+plans, and starts anew.
 """
 
 from __future__ import annotations

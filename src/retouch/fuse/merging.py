@@ -26,7 +26,7 @@ from .conflict import measure, report_of
 from .fusing import gathered
 from .proving import alone, check_selection, proved
 from .screen import screen, screen_table
-from .suites import Suite
+from .suites import Suite, answered
 from .tuning import LAMS, Tuned, tune, variants
 
 __all__ = [
@@ -194,7 +194,8 @@ def merge(
     if tuned and suite is not None:
         k = min(4, len(suite.domains))
         rows = bundles(suite.selection, k, method.seed, n_bundles=n_selection) if k > 1 else alone(suite.selection)
-        asks = judge(model, rows, chat=chat, wording=suite.template)
+        shown = answered(suite, len(rows[0].parts))
+        asks = judge(model, rows, chat=chat, wording=suite.template, shots=shown)
         chosen = tune(_forms(method, fixed), plan, asks, len(rows), lams=lams)
     change = chosen.change if chosen else plan(method)
     proof = None
@@ -246,7 +247,7 @@ def merge_to_folder(
 def _ground(model: Model, suite: Suite | None, chat: bool, moments: Moments) -> Ground:
     if suite is None:
         return Ground(model, moments=moments)
-    return Ground(model, suite.selection, moments, suite.template, chat)
+    return Ground(model, suite.selection, moments, suite.template, chat, answered(suite, 1))
 
 
 def _forms(method: FuseMethod, fixed: Collection[str]) -> Mapping[str, FuseMethod]:

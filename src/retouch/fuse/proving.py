@@ -16,7 +16,7 @@ from .asking import as_change, asked, likelihoods, right_by_domain
 from .base import Adapter, Question
 from .certificate import Proof, Single, prove
 from .compose import Instance
-from .suites import Suite
+from .suites import Suite, answered
 
 __all__ = ["AT_MOST", "alone", "best_singles", "check_selection", "proved"]
 
@@ -52,9 +52,9 @@ def best_singles(model: Model, adapters: Sequence[Adapter], suite: Suite, *, cha
         UserError: A domain has no selection question.
     """
     check_selection(suite)
-    rows, found = alone(suite.selection, AT_MOST), []
+    rows, found, shown = alone(suite.selection, AT_MOST), [], answered(suite, 1)
     for adapter in adapters:
-        answers = asked(model, as_change(adapter), rows, chat=chat, wording=suite.template)
+        answers = asked(model, as_change(adapter), rows, chat=chat, wording=suite.template, shots=shown)
         likely, right = likelihoods(answers), right_by_domain(answers)
         domains = np.array([i.parts[0].domain for i in answers.instances])
         for domain in suite.domains:
@@ -92,6 +92,7 @@ def proved(
     look = store.key(
         change=change.id, adapters=[as_change(a).id for a in adapters], best=best, asked=_keys(rows), how=how
     )
+    how["shots"] = answered(suite, 1)
     number = attempts.count(look, *(store.key(split=sorted(q.key for q in own)) for own in suite.test.values()))
     references = {"base": right_by_domain(asked(model, None, rows, **how))}
     for adapter in adapters:

@@ -18,10 +18,21 @@ from . import _mmlu
 from ._files import Labelled, labelled
 from ._suite import Split, Suite, gather, normal, question_key, share
 from .base import Example, Question
-from .compose import composed
+from .compose import composed, shots
 from .templates import LETTERS, render, template
 
-__all__ = ["Split", "Suite", "examples", "folders", "lessons", "mmlu_cd", "question_key", "share", "text_cd"]
+__all__ = [
+    "Split",
+    "Suite",
+    "answered",
+    "examples",
+    "folders",
+    "lessons",
+    "mmlu_cd",
+    "question_key",
+    "share",
+    "text_cd",
+]
 
 TEXT_DOMAINS = ("ag_news", "trec", "sst2")
 
@@ -233,7 +244,7 @@ def _domain(folder: Path, seed: int) -> dict[str, list[Question]]:
         raise UserError(f"{folder}: a domain needs 2 to {len(LETTERS)} labels; train has {len(options)}.")
     for row in (row for part in rows.values() for row in part):
         if row.label not in options:
-            raise UserError(f"{folder.name}/{row.where}: the label {row.label!r:.40} does not occur in train.")
+            raise UserError(f"{row.where}: the label {row.label!r:.40} does not occur in train.")
     subject = folder.name.replace("_", " ")
     return {
         split: [_shuffled(folder.name, subject, f"{r.text}\n{r.pair}".strip(), options, r.label, seed) for r in part]
@@ -314,6 +325,16 @@ def examples(
     return lessons(suite.train[domain], most, f"{seed} {domain} {form}", n=n, how=how or suite.template, front=front)
 
 
+def answered(suite: Suite, k: int, seed: int = 0) -> tuple[tuple[Question, ...], ...]:
+    """Draw the answered examples that the suite's template wants in front of a prompt of `k` questions; most want none.
+
+    Raises:
+        UserError: The suite keeps too few questions for them.
+    """
+    n = template(suite.template).n_shots
+    return shots(suite.shots, k, n, seed) if n else ()
+
+
 def lessons(
     questions: Sequence[Question], most: int, seed: str, *, n: int | None = None, how: str = "plain",
     front: Sequence[Question] = (),
@@ -333,8 +354,12 @@ def lessons(
         UnknownName: There is no such template.
     """
     wording = template(how)
-    shots = [tuple(front)] * wording.n_shots
-    return [_example(group, wording.name, shots) for group in composed(questions, most, seed, n=n)]
+    if wording.n_shots and not front:
+        raise UserError(
+            f"The template {wording.name} wants answered examples in front, and no question is kept for them."
+        )
+    before = [tuple(front)] * wording.n_shots
+    return [_example(group, wording.name, before) for group in composed(questions, most, seed, n=n)]
 
 
 def _example(group: Sequence[Question], how: str, front: Sequence[Sequence[Question]]) -> Example:

@@ -257,6 +257,8 @@ def test_total_counts_the_prompt_too(llama):
 def test_an_empty_text_cannot_be_continued(llama):
     with pytest.raises(UserError, match="An empty text cannot be continued"):
         measure.continuations(llama, ["The", "  "], 3)
+    with pytest.raises(UserError, match="half of a character"):
+        measure.continuations(llama, ["The", "The \udcff is"], 3)
 
 
 # Fluency

@@ -12,6 +12,7 @@ import torch
 from .errors import ModelError, UserError
 from .lanes import Owners
 from .model import Model
+from .tokens import broken
 
 __all__ = ["continuations"]
 
@@ -77,6 +78,8 @@ def continuations(
 
 def _prompt_rows(model: Model, prompts: Prompts) -> list[tuple[int, ...]]:
     texts = [p.rstrip() for p in prompts if isinstance(p, str)]
+    if halves := [text for text in texts if broken(text)]:
+        raise UserError(f"The text {halves[0]!r:.80} holds half of a character (a lone surrogate). Correct it.")
     coded = iter(model.tokenizer(texts)["input_ids"] if texts else [])
     rows = [tuple(next(coded)) if isinstance(p, str) else tuple(p) for p in prompts]
     if not all(rows):

@@ -15,7 +15,7 @@ from .errors import FactError, ModelError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Batch", "Bos", "Row", "Text", "encode", "pad"]
+__all__ = ["Batch", "Bos", "Row", "Text", "broken", "encode", "pad"]
 
 Bos = Literal["tokenizer", "always", "never"]
 
@@ -61,6 +61,11 @@ class Row:
         return self.ids[:-1] if self.target else self.ids
 
 
+def broken(text: str) -> bool:
+    """Tell whether a text holds half of a character, as JSON and the command line may: no tokenizer reads it."""
+    return not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def encode(tokenizer: Any, texts: Sequence[Text], bos: Bos = "tokenizer") -> list[Row]:
     """Tokenise texts and find their positions by character offsets.
 
@@ -74,7 +79,7 @@ def encode(tokenizer: Any, texts: Sequence[Text], bos: Bos = "tokenizer") -> lis
 
     Raises:
         ModelError: The tokenizer has no offsets, or no beginning-of-text token where one is asked for.
-        FactError: A text is empty.
+        FactError: A text is empty, or holds half of a character.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(
@@ -85,8 +90,11 @@ def encode(tokenizer: Any, texts: Sequence[Text], bos: Bos = "tokenizer") -> lis
         return []
     prompts = [(t.context + t.before + t.subject + t.after).rstrip() for t in texts]
     targets = [t.target if not t.target or t.target[0].isspace() else f" {t.target}" for t in texts]
+    whole = [p + t for p, t in zip(prompts, targets)]
+    if halves := [text for text in whole if broken(text)]:
+        raise FactError(f"The text {halves[0]!r:.80} holds half of a character (a lone surrogate). Correct it.")
     coded = tokenizer(
-        [p + t for p, t in zip(prompts, targets)],
+        whole,
         return_offsets_mapping=True,
         add_special_tokens=bos != "never",
     )

@@ -195,7 +195,8 @@ def test_a_missing_subject_names_the_near_one():
         ({"related": [{"answer": "x"}]}, "field 'related[0].prompt' is missing; found: answer"),
         ({"related": [{"prompt": "x", "answer": ""}]}, "in related[0]: field 'answer' is empty"),
         ({"neighbors": ["x", 5]}, "field 'neighbors[1]' must be text or an object"),
-        ({"target": "\ud83d"}, "half a character"),
+        ({"target": "\ud83d"}, "half of a character"),
+        ({"subject": "Fra\ud83dnce"}, "half of a character"),
     ],
 )
 def test_a_wrong_field_is_named(values, says):

@@ -83,6 +83,8 @@ def test_what_cannot_be_encoded_is_refused(words, tiny_tokenizer):
         encode(words, [example(3, "yes")])
     with pytest.raises(UserError, match="Example 1 has no tokens"):
         encode(tiny_tokenizer, [example(3), Example("", None, 0)])
+    with pytest.raises(UserError, match="Example 1 holds half of a character"):
+        encode(words, [example(3), Example("paris", "ro\ud83dme", 0)])
 
 
 def test_a_batch_is_padded_on_the_right():

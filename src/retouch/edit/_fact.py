@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ..errors import FactError
+from ..tokens import broken
 
 __all__ = ["Fact", "Prompt", "as_items", "as_prompt", "as_texts", "joined", "missing", "need_text"]
 
@@ -101,6 +102,10 @@ class Fact:
             raise FactError(f"field 'subject' must be text; got {self.subject!r}.")
         if self.subject and not self.subject.strip():
             raise FactError("field 'subject' is blank; leave it out if the fact has no subject.")
+        if broken(self.subject):
+            raise FactError(
+                f"field 'subject' holds half of a character (a lone surrogate): {self.subject!r:.80}. Correct it."
+            )
         slots = self.prompt.count("{}")
         if self.subject and slots != 1:
             hint = " Fact.of also takes a filled prompt." if not slots else ""
@@ -184,10 +189,8 @@ def need_text(name: str, value: object) -> None:
         raise FactError(f"field {name!r} must be text; got {value!r}.")
     if not value.strip():
         raise FactError(f"field {name!r} is empty.")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half of a character; no tokenizer can read it
-        raise FactError(f"field {name!r} holds half a character at {error.start}: {value!r:.80}.") from error
+    if broken(value):
+        raise FactError(f"field {name!r} holds half of a character (a lone surrogate): {value!r:.80}. Correct it.")
 
 
 def as_items(name: str, value: object) -> list[Any]:

@@ -13,7 +13,7 @@ import torch
 from .. import store, tokens
 from ..errors import FactError, absent
 from ..model import Model
-from ._files import broken
+from ..tokens import broken
 from .base import Example
 
 __all__ = ["Order", "encoded", "read_examples", "rows_key"]

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FactError, UserError
+from ..tokens import broken
 
-__all__ = ["Choice", "Labelled", "broken", "labelled", "multiple_choice"]
+__all__ = ["Choice", "Labelled", "labelled", "multiple_choice"]
 
 _TEXTS = (
     ("text", "text2"), ("#1 string", "#2 string"), ("question1", "question2"), ("sentence1", "sentence2"),
@@ -169,11 +170,6 @@ def _from_object(path: Path, line: int, text: str) -> Labelled:
     if not all(isinstance(cells[name], str) for name in texts) or not isinstance(cells[label], str | int | float):
         raise FactError(f"{_named(path)} line {line}: a text must be a text, and a label a text or a number.")
     return _row(path, line, {name: str(value) for name, value in cells.items()}, columns)
-
-
-def broken(text: str) -> bool:
-    """Tell whether a text holds half of a character, as JSON may: no tokenizer reads it."""
-    return not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _label_first(path: Path, line: int, text: str) -> Labelled:

@@ -16,6 +16,7 @@ import torch
 
 from ..errors import ModelError, UserError
 from ..progress import track
+from ..tokens import broken
 from .data import Example
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def encode(
 
     Raises:
         ModelError: The tokenizer is not a fast one.
-        UserError: `max_tokens` leaves no room for a text, a label is a text, or an example has no tokens.
+        UserError: `max_tokens` leaves no room for a text, a label is a text, an example has no tokens, or half of a character.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(
@@ -86,6 +87,11 @@ def encode(
     room = max_tokens - tokenizer.num_special_tokens_to_add(pair=any(e.pair is not None for e in examples))
     if room < 1:
         raise UserError(f"max_tokens={max_tokens} leaves no room for a text beside the special tokens.")
+    for i, example in enumerate(examples):
+        if broken(example.text + (example.pair or "")):
+            raise UserError(
+                f"Example {i} holds half of a character (a lone surrogate): {example.text!r:.60}. Correct it."
+            )
     ids: list[tuple[int, ...]] = []
     types: list[tuple[int, ...]] = []
     truncated = 0

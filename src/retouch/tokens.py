@@ -6,6 +6,7 @@ ever tokenised alone and glued, so a merge at a seam is seen and reported instea
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["Batch", "Bos", "Row", "Text", "broken", "encode", "pad"]
 
 Bos = Literal["tokenizer", "always", "never"]
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Row:
 
 def broken(text: str) -> bool:
     """Tell whether a text holds half of a character, as JSON and the command line may: no tokenizer reads it."""
-    return not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
+    return _HALF.search(text) is not None
 
 
 def encode(tokenizer: Any, texts: Sequence[Text], bos: Bos = "tokenizer") -> list[Row]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
+from ..tokens import broken
 from ._cleaning import Taken, clean, coded
 from ._formats import text_of
 from ._sources import Asked, read
@@ -71,8 +72,6 @@ def _line(where: str, line: str) -> tuple[str, tuple[str, ...]]:
         raise UserError(f'{where} must be {{"user": "…", "items": ["…"]}}, the oldest item first; got {line[:80]!r}.')
     if not all(isinstance(item, str) and item for item in items):
         raise UserError(f"{where}: all items must be raw ids, written as text.")
-    try:
-        "".join((user, *items)).encode()
-    except UnicodeEncodeError as error:  # half of a pair, written as an escape: no store can keep it
-        raise UserError(f"{where}: an id is no valid Unicode text.") from error
+    if any(map(broken, (user, *items))):  # no store can keep it
+        raise UserError(f"{where}: an id is no valid Unicode text.")
     return user, tuple(items)

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from ..errors import UserError
+from ..tokens import broken
 
 __all__ = ["MOST_HISTORY", "MOST_K", "MOST_LISTED", "RUNGS", "Answer", "Filters", "Place", "Request", "Rung", "check_id",
            "shown"]  # fmt: skip
@@ -158,10 +159,8 @@ def check_id(where: str, value: object) -> None:
         raise UserError(f"{where} must be text; got {shown(value)}. Ids are written in quotation marks.")
     if not 1 <= len(value) <= MOST_ID:
         raise UserError(f"{where} must have 1 to {MOST_ID} characters; got {len(value)}.")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # half of a pair: no store can keep it
-        raise UserError(f"{where} is no valid Unicode text: {value!r}.") from error
+    if broken(value):  # no store can keep it
+        raise UserError(f"{where} is no valid Unicode text: {value!r}.")
 
 
 def shown(value: object) -> str:

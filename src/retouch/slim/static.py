@@ -20,8 +20,8 @@ __all__ = ["Static"]
 class Static(TrainingSettings, SlimMethod):
     """Cut an encoder's width and keep its one exit; the fine-tuned original teaches it directly.
 
-    It has the same widths, the same data and the same number of training tokens as the method with exits: what the
-    assistant would have trained on goes to the last stage.
+    It has the widths of the first plan, which the method with exits may leave for narrower ones (its setting `depth`),
+    the same data and the same number of training tokens: what the assistant would have trained on goes to the last stage.
 
     Source: the static models of Shen et al. (EMNLP 2022); distillation as in Jiao et al., TinyBERT (Findings of EMNLP 2020).
 

@@ -22,6 +22,7 @@ from retouch.settings import fields_of
 DOCS = Path(__file__).parent
 _OTHERS = {
     "fuse": (
+        ("Memory of an edge", "Flags of `fuse prune`: how the edge will train.", "fuse.memory", "Load"),
         (
             "Training at an edge",
             "Flags of `fuse train`, `fuse simulate` and `fuse submit`.",

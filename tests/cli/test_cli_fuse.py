@@ -230,6 +230,9 @@ def test_prune_for_programs_names_the_plan_and_the_memory(done, base, tmp_path):
     assert told["plan"] == str(tmp_path / "kept.json") and (tmp_path / "kept.json").is_file()
     assert 0 < told["ratio"] < 1
     assert told["peak_mib"]["total"] < told["whole_mib"]
+    few = done("fuse", "prune", base, "--ratio", 0.4, "--align", "none", "-o", tmp_path / "t", "--batch", 2, "--n-tokens",
+               64, "--checkpointing", "true", "--json").json  # fmt: skip
+    assert few["whole_mib"] < told["whole_mib"]
 
 
 def test_train_leaves_alone_what_else_lies_in_its_work_folder(done, base, examples, tmp_path):
@@ -251,6 +254,8 @@ def test_train_leaves_alone_what_else_lies_in_its_work_folder(done, base, exampl
         (("prune", "BASE", "--ratio", 0.3, "--budget", "50%"), "Give one of"),
         (("prune", "BASE", "--ratio", 0.99), "ratio must be at least 0 and at most 0.85"),
         (("prune", "BASE", "--budget", "600%"), "--budget is a share"),
+        (("prune", "BASE", "--ratio", 0.3, "--n-token", 64), "n_tokens"),
+        (("prune", "BASE", "--ratio", 0.3, "--batch", 0), "batch"),
         (("prune", "BASE", "--budget", "much"), "--budget must be a number"),
         (("prune", "BASE", "--budget-mib", 0.001), "."),
         (("prune", "BASE", "--ratio", 0.3, "--score", "wand"), "Did you mean 'wanda'"),

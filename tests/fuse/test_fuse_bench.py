@@ -173,6 +173,29 @@ def test_pruned_edges_are_recovered(tiny, suite, tmp_path):
     assert all(p.shape == tuple(model.matrix(n).shape) for a in adapters for n, p in a.parts.items())
 
 
+def test_a_pruned_edge_is_asked_at_every_step_on_the_way(tiny, suite, tmp_path):
+    model = made.base(tiny, n_blocks=3)
+    how = wanted("cat", ratios=(0.4, 0.0, 0.0), unpruned=True, score="magnitude", align="none")
+    result = bench.run(model, suite, how, tmp_path / "out.json", tmp_path / "work")
+    (domain,) = result["transfer"]
+    told, names = result["transfer"][domain], ("base", "pruned", "trained", "recovered", "unpruned")
+    assert domain == suite.domains[0] and told["ratio"] == pytest.approx(0.4, abs=0.1)
+    assert told["edge_mib"] < told["whole_mib"]
+    for name, row in (("base", "base"), ("recovered", f"single:{domain}"), ("unpruned", f"unpruned:{domain}")):
+        assert told[name] == result["methods"][row]["single_by_domain"][domain]
+    assert told["trained"] > told["pruned"] and told["unpruned"] > told["base"], [told[n] for n in names]
+    assert told["gap"]["value"] == pytest.approx(told["trained"] - told["recovered"])
+    assert told["kept"] == pytest.approx((told["recovered"] - told["base"]) / (told["unpruned"] - told["base"]))
+    said = []
+    with listen(lambda what, done, total: said.append(what)):
+        again = bench.run(model, suite, how, tmp_path / "again.json", tmp_path / "work")
+    assert again["transfer"] == result["transfer"] and "Asking" not in said
+
+
+def test_a_run_without_pruned_edges_tells_nothing_of_transfer(whole):
+    assert "transfer" not in whole
+
+
 def test_too_many_questions_a_prompt_are_refused_before_any_training(model, suite, tmp_path):
     with pytest.raises(UserError, match="2 to 3 questions"):
         bench.run(model, suite, dataclasses.replace(wanted(), k=4), tmp_path / "out.json", tmp_path / "work")

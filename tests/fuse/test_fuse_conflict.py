@@ -21,7 +21,7 @@ from retouch.fuse.cat import Cat
 from retouch.fuse.conflict import conflict_of, measure, report_of
 from retouch.fuse.core import canonical, coordinates, factors
 from retouch.fuse.cr_sign import CRSign
-from retouch.fuse.cr_subspace import CRSubspace
+from retouch.fuse.cr_subspace import CRSubspace, _dealt
 from retouch.fuse.fusing import resolved as before_method
 from retouch.progress import listen
 from retouch.report import to_json
@@ -104,7 +104,7 @@ def test_the_order_of_the_adapters_changes_no_number():
     named = [Adapter(f"site{i}", {"blocks.0.mlp.up": random_part(i)}, "base") for i in range(4)]
     (one,), (other,) = measure(named), measure(named[::-1])
     assert one.null == pytest.approx(other.null, rel=1e-6)
-    for resolver in (CRSign(), CRSign(space="core"), CRSign(random=True), CRSubspace()):
+    for resolver in (CRSign(), CRSign(space="core"), CRSign(random=True), CRSubspace(), CRSubspace(random=True)):
         a, b = (Cat().plan(x, resolver=resolver).parts["blocks.0.mlp.up"].delta() for x in (named, named[::-1]))
         assert (a - b).norm() < 1e-6 * a.norm(), resolver
 
@@ -315,6 +315,34 @@ def test_full_space_masking_is_ties_election_at_full_strength():
     assert (done.abs()[~kept] < (2 * x.abs())[~kept] + 1e-12).all()
     assert torch.equal(torch.cat([lessen(x[:, :7], 0), lessen(x[:, 7:], 7)], 1), done)
     assert CRSign(space="core").entries(m) is None
+
+
+@pytest.mark.parametrize("resolver", [CRSign(), CRSign(space="core"), CRSubspace()], ids=repr)
+def test_the_control_of_the_norm_is_the_mean_itself_at_the_norm_that_resolving_gives(resolver):
+    given = [Adapter(f"site{i}", {"blocks.0.mlp.up": random_part(i)}, "base") for i in range(3)]
+    plain, solved, control = (
+        Cat().plan(given, resolver=r).parts["blocks.0.mlp.up"].delta()
+        for r in (None, resolver, replace(resolver, norm_matched=True))
+    )
+    assert abs(float(solved.norm() / plain.norm()) - 1) > 0.01
+    assert (control - plain * (control.norm() / plain.norm())).norm() < 1e-5 * control.norm()
+    assert float(control.norm() / solved.norm()) == pytest.approx(1, abs=0.01)  # entries are cut to the sum of ranks
+
+
+def test_the_control_of_directions_has_as_many_conflicts_of_each_pair_elsewhere():
+    parts = [random_part(i, 6) for i in range(3)]
+    draw = torch.Generator().manual_seed(0)
+    shared = torch.rand(3, 3, 40, generator=draw) < 0.8
+    shared = shared & shared.transpose(0, 1) & ~torch.eye(3, dtype=torch.bool)[..., None]
+    against = shared & (torch.rand(40, generator=draw) < 0.3)
+    dealt = _dealt(against, shared, 0, module(*parts))
+    assert torch.equal(dealt.sum(2), against.sum(2)) and not torch.equal(dealt, against)
+    assert torch.equal(dealt, dealt.transpose(0, 1)) and not (dealt & ~shared).any()
+    assert not torch.equal(dealt, _dealt(against, shared, 1, module(*parts)))
+    rule, control = (sum(resolved(CRSubspace(random=r), *parts)) for r in (False, True))
+    plain = sum(p.delta() for p in parts)
+    assert all((d - plain).norm() > 0.01 * plain.norm() for d in (rule, control))
+    assert (rule - control).norm() > 0.01 * plain.norm()
 
 
 def cut_columns(part: LowRank, columns: list[int]) -> LowRank:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from typing import Any
 
 import pytest
@@ -188,7 +189,11 @@ def test_too_small_a_budget_names_the_smallest_that_works(tiny: Any) -> None:
     load = Load(batch=2, n_tokens=256)
     with pytest.raises(UserError, match=r"smallest that works is [\d.]+ MiB") as caught:
         planned(model, ratio=None, budget_mib=351, load=load)
-    smallest = float(str(caught.value).split("works is ")[1].split(" MiB")[0])
+    found = re.search(r"works is ([\d.]+) MiB, ([\d.]+)% of the whole model's ([\d,]+) MiB", str(caught.value))
+    assert found is not None
+    smallest, share, whole = (float(x.replace(",", "")) for x in found.groups())
+    assert whole == pytest.approx(memory.predicted(model, units_of(model), {}, load).mib, abs=1)
+    assert share == pytest.approx(100 * smallest / whole, abs=0.2)
     plan = planned(model, ratio=None, budget_mib=smallest, load=load)
     assert 0.8 < plan.ratio <= 0.86 and plan.peak["total"] <= smallest
     with pytest.raises(UserError):

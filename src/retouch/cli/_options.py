@@ -36,6 +36,7 @@ MaxTrain = Annotated[int | None, typer.Option(help="Training rows to keep at mos
 
 WholeModel = Annotated[str, typer.Argument(help="The whole model: a folder, a hub id, a .gguf file, or smollm2.")]
 Score = Annotated[str, typer.Option(help="random, magnitude, wanda, taylor or flap.")]
+Align = Annotated[str, typer.Option(help="none, bias, lstsq or distil: how the pruned weights make up for it.")]
 Chat = Annotated[bool, typer.Option("--chat", help="Ask through the model's chat template.")]
 Keys = Annotated[Path | None, typer.Option("--keys", help="Folder cloud that `fuse keys` made.")]
 

@@ -215,6 +215,10 @@ def fuse(
     per_edge: Annotated[int, typer.Option(help="Examples that each edge trains on; 0: all.")] = 400,
     ratios: Annotated[str, typer.Option(help="Share that the edges' models are pruned by, in turn: 0.25,0.4,0.")] = "0",
     score: _options.Score = "wanda",
+    align: _options.Align = "bias",
+    unpruned: Annotated[
+        bool, typer.Option("--unpruned", help="Train pruned edges on the whole model too: what pruning costs.")
+    ] = False,
     rank: Annotated[int, typer.Option(help="Of the adapters.")] = 8,
     epochs: Annotated[float, typer.Option(help="Passes of an edge over its examples.")] = 1.0,
     batch: Annotated[int, typer.Option(help="Examples of one step of an edge.")] = 8,
@@ -238,9 +242,13 @@ def fuse(
 
     Example: retouch bench fuse --data text-cd --methods cat,ties,tsv --ratios 0.25,0.4,0 --json text-cd.json
     """
+    from typing import get_args
+
     from .. import registry
     from ..errors import UserError
     from ..fuse import bench
+    from ..fuse._scores import Score
+    from ..fuse.prune import Align
     from ..fuse.train import LoraSettings
     from ._fuse_flags import parse_numbers, parse_resolvers, parse_suite
 
@@ -249,11 +257,12 @@ def fuse(
     if min(n_selection, n_test, first) < 1 or per_edge < 0:
         raise UserError("--n-selection, --n-test and --first must be at least 1, --per-edge at least 0.")
     scales, shares = parse_numbers("lams", lams), parse_numbers("ratios", ratios)
-    _check_fuse(form, scales, shares, limit, score)
+    _check_fuse(form, scales, shares, limit)
     _show.writable("--json", json_)
     suite = parse_suite(data, seed, template)
     wanted = bench.Bench(
-        chosen, before, k, form, per_edge, tuple(shares), score,
+        chosen, before, k, form, per_edge, tuple(shares),
+        _options.one_of("score", score, get_args(Score)), _options.one_of("align", align, get_args(Align)), unpruned,
         LoraSettings(rank=rank, alpha=2.0 * rank, epochs=epochs, batch=batch, learning_rate=learning_rate, lean=False),
         joint, n_selection, n_test, tuple(scales), first, limit, chat, seed,
     )  # fmt: skip
@@ -264,13 +273,11 @@ def fuse(
     _shown_fuse(result, json_)
 
 
-def _check_fuse(form: str, scales: list[float], shares: list[float], limit: float, score: str) -> None:
+def _check_fuse(form: str, scales: list[float], shares: list[float], limit: float) -> None:
     """Name what would fail only after the model is open."""
     import math
-    from typing import get_args
 
-    from ..errors import UserError, unknown
-    from ..fuse._scores import Score
+    from ..errors import UserError
 
     if form not in ("aware", "blind"):
         raise UserError(f"--form must be aware or blind; got {form!r}.")
@@ -280,8 +287,6 @@ def _check_fuse(form: str, scales: list[float], shares: list[float], limit: floa
         raise UserError(f"--ratios are shares from 0 to 0.85; got {_joined(shares)}.")
     if not 0 < limit <= 1:
         raise UserError(f"--limit is a share of right answers, above 0 and at most 1; got {limit:g}.")
-    if score not in (known := get_args(Score)):
-        raise unknown("value of --score", score, known)
 
 
 def _joined(numbers: list[float]) -> str:
@@ -293,6 +298,11 @@ def _shown_fuse(result: dict[str, Any], out: Path) -> None:
                "composition_cost": "cost", "ppl": "ppl", "lam": "scale"}  # fmt: skip
     rows = [[name, *(m.get(c) for c in columns)] for name, m in result["methods"].items()]
     _show.table(f"{result['n']:,} composed prompts of {result['data']}", ["system", *columns.values()], rows)
+    if steps := result.get("transfer"):
+        columns = {"base": "whole model", "pruned": "pruned", "trained": "trained", "recovered": "recovered",
+                   "unpruned": "unpruned", "kept": "gain kept", "edge_mib": "edge MiB", "whole_mib": "whole MiB"}  # fmt: skip
+        rows = [[name, *(m.get(c) for c in columns)] for name, m in steps.items()]
+        _show.table("pruned edges, own questions one by one", ["edge", *columns.values()], rows)
     _show.say(
         "all, parts: right answers in composed prompts; alone: the same questions one by one; cost: alone less parts."
     )

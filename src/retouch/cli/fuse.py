@@ -35,8 +35,9 @@ _TOLD = ("settings", "n_steps", "partial")
 # ---------------------------------------------------------------- the way of one adapter
 
 
-@app.command()
+@app.command(context_settings=EXTRA)
 def prune(
+    context: typer.Context,
     base: _options.WholeModel,
     budget: Annotated[
         str | None, typer.Option(help="Share of the model's memory in training that an edge has: 60%.")
@@ -46,12 +47,8 @@ def prune(
         float | None, typer.Option(help="Or the share of what can be pruned that goes, up to 0.85.")
     ] = None,
     score: _options.Score = "wanda",
-    align: Annotated[
-        str, typer.Option(help="none, bias, lstsq or distil: how the pruned weights make up for it.")
-    ] = "bias",
+    align: _options.Align = "bias",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16, of the file.")] = "float32",
-    rank: Annotated[int, typer.Option(help="Rank that the edge will train, for its memory.")] = 8,
-    batch: Annotated[int, typer.Option(help="Rows of a pass at the edge, for its memory.")] = 8,
     seed: _options.Seed = 0,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder that the edge gets.")] = Path("pruned"),
     plan: Annotated[
@@ -61,7 +58,9 @@ def prune(
 ) -> None:
     """Prune a model for a class of edge; the plan stays here, the edge gets weights and the plan's hash.
 
-    Example: retouch fuse prune smollm2 --budget 60% -o small
+    How the edge will train decides its memory and is given in flags: --batch 4 --n-tokens 128 --checkpointing true …
+
+    Example: retouch fuse prune smollm2 --budget 70% -o small
     """
     from ..errors import UserError
     from ..fuse.memory import Load
@@ -78,7 +77,7 @@ def prune(
     refuse_place(place)
     if place.is_dir():
         raise UserError(f"--plan {place} is a folder, and the plan is a file. Choose another name.")
-    load = Load(rank=rank, batch=batch)
+    load = method_of(context, Load)
     if budget_mib is not None and not 0 < budget_mib < math.inf:
         raise UserError(f"--budget-mib must be a finite number above 0; got {budget_mib:g}.")
     with _show.progress():

@@ -238,6 +238,9 @@ class Resolver(Settings, ABC):
     It works on the adapters' coordinates in the core that they span, and leaves what they span alone.
     """
 
+    norm_matched: bool = setting(
+        False, "A control: leave the adapters as they are, at the norm that resolving gives their mean."
+    )
     seed: int = setting(0, "Seed of everything random.", ge=0)
 
     @property

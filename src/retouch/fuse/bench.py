@@ -8,34 +8,37 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from .. import store
-from .._likelihood import perplexity
-from ..change import Change, side_by_side
+from ..change import Change
 from ..measure import environment, watched
 from ..model import Model
-from ..stats import bundled_text
+from ._rows import Asking, Row
+from ._scores import Score
+from ._units import units_of
 from .align import aligned
-from .asking import as_change, asked, judge, likelihoods, right_by_domain
+from .asking import as_change, judge, likelihoods, right_by_domain
 from .base import Adapter, Example, FuseMethod, Ground, Resolver, shares
 from .certificate import prove
-from .compose import Answers, Instance, bundles, singles
+from .compose import Answers, Instance, bundles
 from .composed_metrics import assemble, measure, paired, require_signal
-from .memory import Load
-from .prune import plan_prune
+from .memory import Load, predicted
+from .prune import Align, PrunePlan, plan_prune
+from .pruned import PrunedModel
 from .recover import recover
 from .suites import Suite, answered, examples
 from .train import LoraSettings, initial_a, train
+from .transfer import of_domain, transfer
 from .tuning import LAMS, Tuned, tune, variants
 
-__all__ = ["METHODS", "Bench", "Row", "edges", "run"]
+__all__ = ["METHODS", "Bench", "edges", "run"]
 
+Seen = Callable[[str, PrunePlan, PrunedModel, Adapter], None]
 _log = logging.getLogger("retouch")
-NEUTRAL_TOKENS = 1024
 METHODS = "cat,linear:form=fedit,ties,dare_ties,knots,tsv,iso,ties:space=core"
 
 
@@ -51,6 +54,8 @@ class Bench:
         per_edge: Examples that each edge trains on; 0 is all.
         ratios: Share that each edge's model is pruned by, in turn over the edges.
         score: How units to prune are compared.
+        align: What is done to pruned weights before an edge gets them.
+        unpruned: Train pruned edges' adapters on the whole model too: what pruning costs.
         lora: How edges train.
         joint: Also train one adapter on all domains' examples: what no fusion could beat.
         n_selection: Bundles for choosing scales.
@@ -69,7 +74,9 @@ class Bench:
     form: str = "aware"
     per_edge: int = 400
     ratios: tuple[float, ...] = (0.0,)
-    score: str = "wanda"
+    score: Score = "wanda"
+    align: Align = "bias"
+    unpruned: bool = False
     lora: LoraSettings = field(default_factory=LoraSettings)
     joint: bool = True
     n_selection: int = 6
@@ -82,21 +89,20 @@ class Bench:
     replay: tuple[Example, ...] = ()
 
 
-@dataclass(frozen=True, eq=False)
-class Row:
-    """One system: what it answered composed and alone, and what it cost."""
-
-    name: str
-    composed: Answers
-    alone: Answers
-    facts: Mapping[str, Any]
-
-
 # ---------------------------------------------------------------- edges
 
 
-def edges(model: Model, suite: Suite, wanted: Bench, work: Path) -> tuple[list[Adapter], dict[str, Adapter]]:
+def edges(
+    model: Model, suite: Suite, wanted: Bench, work: Path, seen: Seen | None = None
+) -> tuple[list[Adapter], dict[str, Adapter]]:
     """Train an adapter for each domain on its edge's pruned model and recover it; and one on all domains.
+
+    Args:
+        model: The base.
+        suite: What the edges learn from.
+        wanted: How.
+        work: Where finished parts stay.
+        seen: Called with each pruned edge's domain, plan, model and adapter as they are at the edge.
 
     Returns:
         The recovered adapters in the order of the domains, and by name those that are only compared with.
@@ -104,12 +110,14 @@ def edges(model: Model, suite: Suite, wanted: Bench, work: Path) -> tuple[list[A
     own = {
         d: examples(suite, d, _form(wanted), wanted.per_edge or None, wanted.seed, k=wanted.k) for d in suite.domains
     }
-    found = []
+    found, others = [], {}
     for i, domain in enumerate(suite.domains):
         ratio = wanted.ratios[i % len(wanted.ratios)]
-        found.append(_edge(model, domain, own[domain], ratio, i, len(own), wanted, work))
+        found.append(_edge(model, domain, own[domain], ratio, i, len(own), wanted, work, seen))
+        if ratio and wanted.unpruned:
+            others[f"unpruned:{domain}"] = _edge(model, domain, own[domain], 0.0, i, len(own), wanted, work)
     if not wanted.joint:
-        return found, {}
+        return found, others
     pooled = _shuffled([e for rows in own.values() for e in rows], wanted.seed)
     settings = _settings(wanted, 0)
     if settings.n_steps is not None:  # as many steps on each domain as its own edge had
@@ -123,7 +131,7 @@ def edges(model: Model, suite: Suite, wanted: Bench, work: Path) -> tuple[list[A
         initial=initial_a(model, None, _settings(wanted, 0)),
         name="joint",
     )
-    return found, {"joint": joint}
+    return found, others | {"joint": joint}
 
 
 def _form(wanted: Bench) -> Any:
@@ -143,19 +151,26 @@ def _edge(
     n_edges: int,
     wanted: Bench,
     work: Path,
+    seen: Seen | None = None,
 ) -> Adapter:
-    settings, among = _settings(wanted, number), {"edge": number, "n_edges": n_edges}
-    place = work / "edges" / f"{number}-{domain}-{ratio:g}"
+    settings, among, load = _settings(wanted, number), {"edge": number, "n_edges": n_edges}, _load(wanted)
+    how = f"{ratio:g}-{wanted.score}-{wanted.align}" if ratio else "0"
+    place = work / "edges" / f"{number}-{domain}-{how}"
     if ratio == 0:
         first = initial_a(model, None, settings, **among)
         return train(model, rows, settings, place, replay=wanted.replay, initial=first, name=domain)
-    load = Load(rank=settings.rank, batch=settings.batch)
-    plan = plan_prune(model, ratio=ratio, score=wanted.score, load=load, seed=wanted.seed)  # type: ignore[arg-type]
+    plan = plan_prune(model, ratio=ratio, score=wanted.score, align=wanted.align, load=load, seed=wanted.seed)
     small = aligned(model, plan)
     first = initial_a(model, plan, settings, **among)
     trained = train(small, rows, settings, place, replay=wanted.replay, initial=first, name=domain)
     _log.info("%s: trained on %.0f %% of the model, %s", domain, 100 * (1 - plan.ratio), dict(trained.notes))
+    if seen is not None:
+        seen(domain, plan, small, trained)
     return recover(trained, plan, model)
+
+
+def _load(wanted: Bench) -> Load:
+    return Load(rank=wanted.lora.rank, batch=wanted.lora.batch)
 
 
 def _shuffled(rows: list[Example], seed: int) -> list[Example]:
@@ -187,8 +202,8 @@ def run(model: Model, suite: Suite, wanted: Bench, out: Path, work: Path | None 
     work = work or store.cache_dir() / "fuse" / "bench" / _key(model, suite, wanted)[:16]
     test = bundles(suite.test, wanted.k, wanted.seed, n_bundles=wanted.n_test)
     select = bundles(suite.selection, wanted.k, wanted.seed, n_bundles=wanted.n_selection)
-    asking = _Asking(model, test, work / "rows", suite, wanted)
-    adapters, others = edges(model, suite, wanted, work)
+    asking = Asking(model, suite, test, work / "rows", _key(model, suite, wanted), wanted.k, wanted.chat)
+    adapters, others = edges(model, suite, wanted, work, asking.edge)
     rows = {"base": asking.row("base", None)}
     for adapter in adapters:
         rows[f"single:{adapter.name}"] = asking.row(f"single:{adapter.name}", as_change(adapter), dict(adapter.notes))
@@ -203,7 +218,7 @@ def run(model: Model, suite: Suite, wanted: Bench, out: Path, work: Path | None 
                             "tried": [asdict(t) for t in tuned.tried]}  # fmt: skip
             found = asking.row(name, tuned.change, facts)
         rows[name] = found
-    result = _result(model, suite, wanted, rows, [a.name for a in adapters])
+    result = _result(model, suite, wanted, rows, [a.name for a in adapters]) | _transfers(asking, rows, _load(wanted))
     store.write_json_atomic(out, result)
     return result
 
@@ -252,69 +267,6 @@ def _tuned(
     return tuned, {"seconds": min(seconds), "peak_mib": max(peak)}
 
 
-class _Asking:
-    """Asks systems the test's instances, composed and one by one, and keeps every finished system in a file."""
-
-    def __init__(self, model: Model, test: Sequence[Instance], folder: Path, suite: Suite, wanted: Bench) -> None:
-        self.model, self.test, self.alone = model, list(test), singles(test)
-        self.folder, self.how = folder, {"chat": wanted.chat, "wording": suite.template}
-        self.shown, self.shown_alone = answered(suite, wanted.k), answered(suite, 1)
-        self.run = _key(model, suite, wanted)  # a folder that the user named may hold another run's systems
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def kept(self, name: str) -> Row | None:
-        place = self._place(name)
-        if not place.is_file():
-            return None
-        raw = store.read_json(place)
-        if raw.get("instances") != self._mark() or raw.get("run", self.run) != self.run:
-            return None
-        return Row(name, _answers(self.test, raw["composed"]), _answers(self.alone, raw["alone"]), raw["facts"])
-
-    def row(self, name: str, change: Change | None, facts: Mapping[str, Any] | None = None) -> Row:
-        """Return what a system answers, asking it only if it was not asked before."""
-        if (found := self.kept(name)) is not None:
-            return found
-        start = time.perf_counter()
-        composed = asked(self.model, change, self.test, shots=self.shown, **self.how)
-        alone = asked(self.model, change, self.alone, shots=self.shown_alone, **self.how)
-        ask_s = time.perf_counter() - start
-        known = {**(facts or {}), "ppl": self._perplexity(change), "ask_seconds": ask_s}
-        plain = {
-            "name": name,
-            "run": self.run,
-            "instances": self._mark(),
-            "facts": known,
-            "composed": _plain(composed),
-            "alone": _plain(alone),
-        }
-        store.write_json_atomic(self._place(name), plain)
-        return Row(name, composed, alone, known)
-
-    def _perplexity(self, change: Change | None) -> float:
-        text = bundled_text("neutral")
-        if change is None:
-            return perplexity(self.model, text, NEUTRAL_TOKENS)
-        with side_by_side(self.model, [change]):
-            return perplexity(self.model, text, NEUTRAL_TOKENS)
-
-    def _place(self, name: str) -> Path:
-        return self.folder / f"{store.key(name=name)[:16]}.json"
-
-    def _mark(self) -> str:
-        return store.key(test=[[q.key for q in i.parts] for i in self.test], **self.how)
-
-
-def _plain(answers: Answers) -> dict[str, Any]:
-    return {"how": answers.how, "chosen": [list(c) for c in answers.chosen],
-            "scores": [[list(part) for part in row] for row in answers.scores]}  # fmt: skip
-
-
-def _answers(instances: Sequence[Instance], raw: Mapping[str, Any]) -> Answers:
-    scores = tuple(tuple(tuple(map(float, part)) for part in row) for row in raw["scores"])
-    return Answers(tuple(instances), tuple(tuple(c) for c in raw["chosen"]), raw["how"], scores)
-
-
 # ---------------------------------------------------------------- the result
 
 
@@ -359,6 +311,18 @@ def _numbers(
         against = {"base": right["base"]} | {f"single:{n}": {n: right[f"single:{n}"][n]} for n in names}
         numbers["certificate"] = prove(right_by_domain(row.alone), against, wanted.limit, seed=wanted.seed).to_dict()
     return numbers
+
+
+def _transfers(asking: Asking, rows: Mapping[str, Row], load: Load) -> dict[str, Any]:
+    """Return for each pruned edge what its questions lose on the way, and the memory that pruning saves it."""
+    told = {}
+    for domain, (plan, steps) in asking.edges.items():
+        names = {"base": "base", "recovered": f"single:{domain}", "unpruned": f"unpruned:{domain}"}
+        steps |= {step: of_domain(rows[n].alone, domain) for step, n in names.items() if n in rows}
+        whole = predicted(asking.model, units_of(asking.model), {}, load)
+        sizes = {"ratio": plan.ratio, "edge_mib": plan.peak["total"], "whole_mib": round(whole.mib, 3)}
+        told[domain] = sizes | transfer(steps)
+    return {"transfer": told} if told else {}
 
 
 def _told(wanted: Bench) -> dict[str, Any]:

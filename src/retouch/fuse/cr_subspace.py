@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..settings import setting
+from ._streams import draws, keys_of
 from .base import Module, Resolver
 from .core import Core
 
@@ -51,6 +52,7 @@ class CRSubspace(Resolver):
     beta: float = setting(1.0, "Strength of the projection; 0 leaves all as it is.", ge=0, le=1)
     kappa: float = setting(0.0, "Strength of the shrinking of crowded directions; 0: none.", ge=0, le=1)
     quantile: float = setting(0.9, "How far beyond chance, as a quantile of chance, a conflict must lie.", gt=0, lt=1)
+    random: bool = setting(False, "A control: as many conflicts for each pair, in directions drawn at random.")
 
     def resolve(self, core: Core, module: Module) -> Core:
         """Return the core with opposing writes projected apart."""
@@ -59,18 +61,38 @@ class CRSubspace(Resolver):
         z, basis = writes(core, module.weights)
         live = norms(z) > TINY * norms(z).max(1, keepdim=True).values
         cosine = cosines(z, live)
-        limit = chance(z, live, self.quantile)
+        shared = live[:, None] & live[None]
+        against = (cosine < -chance(z, live, self.quantile)[..., None]) & shared
+        if self.random:
+            against = _dealt(against, shared, self.seed, module)
         solved = z.clone()
-        for k in range(z.shape[1]):
-            against = (cosine[:, :, k] < -limit) & live[:, k, None] & live[None, :, k]
-            for i in range(len(z)):
-                if opponents := torch.nonzero(against[i]).flatten().tolist():
-                    solved[i, k] = (1 - self.beta) * z[i, k] + self.beta * projected(z[i, k], z[opponents, k])
+        for i, k in torch.nonzero(against.any(1)).tolist():
+            opponents = torch.nonzero(against[i, :, k]).flatten()
+            facing = (
+                z[opponents, k] * -cosine[i, opponents, k].sign()[:, None]
+            )  # at random, some agree: as if they did not
+            solved[i, k] = (1 - self.beta) * z[i, k] + self.beta * projected(z[i, k], facing)
         if self.kappa:
             solved = solved * crowding(z, cosine, live, self.kappa)[None, :, None]
         shares = torch.tensor(module.weights, dtype=torch.float64)[:, None, None]
         moved = torch.einsum("ak,nkb->nab", basis, solved - z)
         return replace(core, middles=core.middles + torch.where(shares > 0, moved / shares, 0.0))
+
+
+def _dealt(against: Tensor, shared: Tensor, seed: int, module: Module) -> Tensor:
+    """Give each pair as many conflicts in directions drawn at random among those into which both write.
+
+    Shapes:
+        all: (adapters, adapters, directions).
+    """
+    dealt, keys = torch.zeros_like(against), keys_of(module)
+    for i, j in combinations(range(len(against)), 2):
+        pair = "|".join(sorted((keys[i], keys[j])))
+        numbers = draws(seed, module.name, pair, 0, 1, against.shape[2])[0]
+        places = torch.where(shared[i, j], numbers, 2.0).argsort()  # numbers lie below 1
+        dealt[i, j, places[: int(against[i, j].sum())]] = True
+        dealt[j, i] = dealt[i, j]
+    return dealt
 
 
 def writes(core: Core, weights: tuple[float, ...]) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,8 +13,9 @@ from torch import Tensor
 from ..change import Change, LowRank
 from ..errors import UserError
 from ..progress import track
+from ._blocks import Blocks, averaged
 from .base import Adapter, FuseMethod, Ground, Module, Resolver, modules, shares
-from .core import Core, Fused, spanned, triples, within
+from .core import Core, Fused, spanned, triples, weighted, within
 from .coverage import corrected
 
 __all__ = ["gathered", "plan", "resolved", "stream"]
@@ -136,13 +138,26 @@ def resolved(module: Module, method: FuseMethod, resolver: Resolver) -> Module:
         core = spanned(module.parts)
         new = resolver.resolve(core, module)
         _check_core(new, module, resolver)
+        if resolver.norm_matched:
+            old, wanted = (float(weighted(c, module.weights).norm()) for c in (core, new))
+            new = replace(core, middles=core.middles * (wanted / old if old else 1.0))
         return replace(module, parts=_parts(new), core=new, ranks=tuple(p.rank for p in module.parts))
     if not method.takes_entries():
         raise UserError(
             f"{resolver.name} changes single entries of the whole weight, which leaves no low rank for {method.label} "
             f"to work on. Set space=core for {resolver.name}, or fuse by cat or a method of entries such as ties."
         )
-    return replace(module, entries=entries)
+    lessened = replace(module, entries=entries)
+    if resolver.norm_matched:
+        before, after = _mean_norm(module), _mean_norm(lessened)
+        scale = after / before if before else 1.0
+        return replace(module, parts=tuple(LowRank(p.left * scale, p.right) for p in module.parts))
+    return lessened
+
+
+def _mean_norm(module: Module) -> float:
+    """Return the norm of the weighted mean of a weight's differences, entries changed as the module says."""
+    return math.sqrt(sum(float(averaged(x, module.weights).double().square().sum()) for _, x in Blocks(module)))
 
 
 def _check_core(core: Core, module: Module, resolver: Resolver) -> None:

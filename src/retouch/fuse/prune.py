@@ -130,7 +130,11 @@ def plan_prune(
         )
     costs, limit = _costs(model, units, blocks, load, budget_mib, ratio)
     gone = _widths.within(
-        costs, units, len(blocks), limit, lambda least: _refusal(budget_mib, ratio, costs, units, blocks, least)
+        costs,
+        units,
+        len(blocks),
+        limit,
+        lambda least: _refusal(budget_mib, ratio, costs, units, blocks, least, predicted(model, units, {}, load).total),
     )
     kept, stats = dict[int, KeptUnits](), ""
     if gone:
@@ -197,14 +201,21 @@ def _costs(
 
 
 def _refusal(
-    budget_mib: float | None, ratio: float | None, costs: _widths.Costs, units: Units, blocks: list[int], least: float
+    budget_mib: float | None,
+    ratio: float | None,
+    costs: _widths.Costs,
+    units: Units,
+    blocks: list[int],
+    least: float,
+    whole: float,
 ) -> str:
     if budget_mib is None:
         most = 1 - (least - costs.fixed) / (len(blocks) * costs.block(units))
         return f"A ratio of {ratio} would leave less than one unit a block; the largest that works here is {most:.3f}."
     return (
         f"A budget of {budget_mib:g} MiB would prune more than {_widths.LARGEST_RATIO:.0%} of what can be pruned. "
-        f"The smallest that works is {math.ceil(least / MIB * 10) / 10:.1f} MiB; or train with a smaller batch, fewer tokens, bfloat16, or "
+        f"The smallest that works is {math.ceil(least / MIB * 10) / 10:.1f} MiB, {math.ceil(1000 * least / whole) / 10:.1f}% of "
+        f"the whole model's {whole / MIB:,.0f} MiB; or plan for other training: a smaller batch, fewer tokens, bytes_per_weight=2, "
         "checkpointing."
     )
 

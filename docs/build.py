@@ -34,12 +34,8 @@ _OTHERS = {
     ),
     "recommend": (
         ("Nearline work", "Flags of `recommend nearline`.", "recommend.nearline", "NearlineSettings"),
-        (
-            "Serving",
-            "Of `retouch.recommend.serve.run`; the command line takes the defaults.",
-            "recommend.ladder",
-            "Serving",
-        ),
+        ("Serving", "Flags of `recommend serve`: how it answers.", "recommend.ladder", "Serving"),
+        ("Limits of a server", "Flags of `recommend serve`: what each worker takes.", "recommend._limits", "Limits"),
     ),
 }
 """Settings that are no method's: title, where they are set, module and class."""

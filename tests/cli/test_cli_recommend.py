@@ -406,6 +406,39 @@ def test_nearline_forgets_and_says_what_there_was(shop, tmp_path):
     assert done(*words, "--json").json["histories"] == 0
 
 
+def test_nearline_leaves_out_what_was_rated_low(shop, tmp_path):
+    lines = ["user_id,item_id,rating,timestamp", "ann,i1,5,1", "ann,i2,1,2", "ann,i3,4,3", "ben,i1,2,1"]
+    (tmp_path / "rated.csv").write_text("\n".join(lines) + "\n")
+    address = f"sqlite:{tmp_path / 'k.db'}"
+    done("nearline", shop.bundle, "--store", address, "--histories", tmp_path / "rated.csv", "--min-rating", 3)
+    kept = open_store(address)
+    assert [past and past.items for past in kept.histories(["ann", "ben"])] == [("i1", "i3"), None]
+    kept.close()
+    lines = toy_shop.json_lines(tmp_path / "h.jsonl", n_users=2)
+    words = ("nearline", shop.bundle, "--store", address, "--min-rating", 3)
+    assert "histories without ratings" in refused(*words, "--histories", lines)
+    assert "--min-rating needs --histories" in refused(*words)
+
+
+def test_nearline_lists_namespaces_and_purges_one_that_is_not_read(shop, tmp_path):
+    address, histories = f"sqlite:{tmp_path / 'k.db'}", toy_shop.json_lines(tmp_path / "h.jsonl", n_users=3)
+    words = ("nearline", shop.bundle, "--store", address)
+    assert "There is no store at" in refused(*words, "--namespaces") and not (tmp_path / "k.db").exists()
+    name = done(*words, "--histories", histories, "--json").json["namespace"]
+    kept = open_store(address)
+    kept.put_many({"u1": kept.get_many(["u1"])[0]}, "older")
+    kept.close()
+    told = done(*words, "--namespaces", "--json").json["namespaces"]
+    assert sorted((one["name"], one["n_records"], one["active"]) for one in told) == sorted(
+        [(name, 3, True), ("older", 1, False)]
+    )
+    assert name[:12] in done(*words, "--namespaces").out
+    assert "is active" in refused(*words, "--purge", name[:8])
+    assert "0 namespaces begin with 'x'" in refused(*words, "--purge", "x")
+    assert done(*words, "--purge", "old").out == "Removed 1 record of namespace older.\n"
+    assert [one["name"] for one in done(*words, "--namespaces", "--json").json["namespaces"]] == [name]
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -432,6 +465,17 @@ def test_serve_names_a_store_that_cannot_be(shop, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "The store 'ftp://x' is not understood." in refused("serve", shop.bundle, "--store", "ftp://x")
     assert "none.txt" in refused("serve", shop.bundle, "--token", "none.txt")
+
+
+def test_serve_takes_how_it_answers_and_what_it_takes_as_flags(shop, monkeypatch):
+    taken = {}
+    monkeypatch.setattr("retouch.recommend.serve.run", lambda *given, **named: taken.update(named))
+    done("serve", shop.bundle, "--beams", 20, "--filter-seen", "false", "--rate-per-s=5", "--port", 8123)
+    assert (taken["port"], taken["settings"].beams, taken["settings"].filter_seen) == (8123, 20, False)
+    assert (taken["limits"].rate_per_s, taken["limits"].body_kib) == (5.0, 64)
+    assert "Did you mean 'beams'?" in refused("serve", shop.bundle, "--beam", 20)
+    assert "body_kib must be" in refused("serve", shop.bundle, "--body-kib", 0)
+    assert "belongs to no option" in refused("serve", shop.bundle, "many")
 
 
 # ------------------------------------------------ evaluate
@@ -478,6 +522,11 @@ def test_evaluate_certifies_on_fresh_histories(shop, tmp_path):
     columns = ("--user", "who", "--item", "what", "--time", "when")
     assert "on 130 users" in done("evaluate", shop.bundle, "--window", table, *columns).out
     assert "must be above 0" in refused("evaluate", shop.bundle, "--window", window, "--max-harm", 0)
+    rows = [f"u{n},i{i},{5 - (n < 40)},{i}" for n in range(60) for i in range(1, 5)]
+    (tmp_path / "rated.csv").write_text("\n".join(["user_id,item_id,rating,timestamp", *rows]) + "\n")
+    liked = ("--window", tmp_path / "rated.csv", "--min-rating", 5)
+    assert "on 20 users" in retouch("recommend", "evaluate", shop.bundle, *liked, "--max-harm", 0.9).out
+    assert "--min-rating looks at the ratings of" in refused("evaluate", shop.bundle, "--min-rating", 5)
     assert "There is no file or folder" in refused("evaluate", shop.bundle, "--window", tmp_path / "none.jsonl")
 
 
@@ -502,8 +551,9 @@ def test_evaluate_refuses_flags_that_would_do_nothing(shop, words, says):
 def test_what_comes_next_reads_the_same_columns():
     from retouch.cli.recommend import _columns
 
-    assert _columns("", "user_id", "item_id", "timestamp") == []
-    assert _columns("csv", "who", "item_id", "") == ["--format", "csv", "--user", "who", "--time", ""]
+    assert _columns("", "user_id", "item_id", "timestamp", None) == []
+    assert _columns("csv", "who", "item_id", "", None) == ["--format", "csv", "--user", "who", "--time", ""]
+    assert _columns("", "user_id", "item_id", "timestamp", 4.0) == ["--min-rating", "4.0"]
 
 
 # ------------------------------------------------ data

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import _options, _show
-from ._settings import EXTRA, method_of
+from ._settings import EXTRA, method_of, settings_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,7 +24,7 @@ def add_to(app: typer.Typer) -> None:
     """Add the commands to ``retouch recommend``."""
     app.command()(add)
     app.command(context_settings=EXTRA)(nearline)
-    app.command()(serve)
+    app.command(context_settings=EXTRA)(serve)
 
 
 def add(
@@ -68,6 +68,7 @@ def nearline(
     user: _options.UserColumn = "user_id",
     item: _options.ItemColumn = "item_id",
     time: _options.TimeColumn = "timestamp",
+    min_rating: _options.MinRating = None,
     llm: _options.FittedWith = "",
     watch: Annotated[bool, typer.Option("--watch", help="Go on for as long as histories change.")] = False,
     metrics: Annotated[int, typer.Option(help="With --watch: the port for Prometheus; 0: none.")] = 0,
@@ -81,6 +82,10 @@ def nearline(
         list[str] | None, typer.Option(help="Only remove a user's history and records; may be given again.")
     ] = None,
     rollback: Annotated[bool, typer.Option("--rollback", help="Only let servers read what they read before.")] = False,
+    namespaces: Annotated[bool, typer.Option("--namespaces", help="Only list the bundles that have records.")] = False,
+    purge: Annotated[
+        str, typer.Option(help="Only remove a bundle's records that no server reads: the beginning of its namespace.")
+    ] = "",
     ray: Annotated[bool, typer.Option("--ray", help="Spread over a Ray cluster; the records are the same.")] = False,
     json_: _options.Json = False,
 ) -> None:
@@ -102,14 +107,22 @@ def nearline(
     if rollback:
         _roll_back(store, json_)
         return
+    if namespaces:
+        _list(store, json_)
+        return
+    if purge:
+        _purge(store, purge, json_)
+        return
     if forget:
         _forget(store, forget, json_)
         return
+    if min_rating is not None and histories is None:
+        raise UserError("--min-rating needs --histories: the ratings that it looks at.")
     if replace and histories is None:
         raise UserError("--replace needs --histories: the histories that are to stand.")
     known = None
     if histories is not None:
-        known = work.read_histories(histories, format=format, user=user, item=item, time=time)
+        known = work.read_histories(histories, format=format, user=user, item=item, time=time, min_rating=min_rating)
     with _show.progress():
         opened = open_bundle(bundle, knowledge=language_model(bundle, llm))
         kept = open_store(store)
@@ -148,6 +161,43 @@ def _roll_back(store: str, json_: bool) -> None:
         _show.emit({"store": store, "active": namespace})
     else:
         _show.say(f"Servers read namespace {namespace[:12]} again.")
+
+
+def _list(store: str, json_: bool) -> None:
+    from dataclasses import asdict
+
+    from ..recommend.stores import open_store
+
+    kept = open_store(store, existing=True)
+    try:
+        found = kept.namespaces()
+    finally:
+        kept.close()
+    if json_:
+        _show.emit({"store": store, "namespaces": [asdict(one) for one in found]})
+        return
+    rows = [[one.name[:12], one.n_records, "yes" if one.active else ""] for one in found]
+    _show.table(f"Namespaces of {store}", ["namespace", "records", "servers read it"], rows)
+
+
+def _purge(store: str, beginning: str, json_: bool) -> None:
+    from ..errors import UserError
+    from ..recommend.stores import open_store
+
+    kept = open_store(store, existing=True)
+    try:
+        names = [one.name for one in kept.namespaces()]
+        meant = [name for name in names if name.startswith(beginning)]
+        if len(meant) != 1:
+            known = ", ".join(name[:12] for name in names) or "none"
+            raise UserError(f"{len(meant)} namespaces begin with {beginning!r}; one is needed. There are: {known}.")
+        n_records = kept.purge(meant[0])
+    finally:
+        kept.close()
+    if json_:
+        _show.emit({"store": store, "namespace": meant[0], "records": n_records})
+    else:
+        _show.say(f"Removed {_show.count(n_records, 'record')} of namespace {meant[0][:12]}.")
 
 
 def _forget(store: str, users: list[str], json_: bool) -> None:
@@ -230,6 +280,7 @@ def _counted(port: int) -> Callable[[Done, float], None] | None:
 
 
 def serve(
+    context: typer.Context,
     bundle: _options.Bundle,
     store: Annotated[str, typer.Option(help="sqlite:PATH or redis://HOST:PORT/NUMBER; empty: no knowledge.")] = "",
     beside: Annotated[list[Path] | None, typer.Option(help="Bundles that take over when the store names them.")] = None,
@@ -243,14 +294,29 @@ def serve(
 ) -> None:
     """Answer requests over HTTP: POST /recommend, GET /health, /ready, /metrics; the API is described at /docs.
 
+    How it answers and what it takes are flags too: --beams 20 --filter-seen false --rate-per-s 5 --body-kib 128 …
+
     Example: retouch recommend serve bundle --store sqlite:knowledge.db --port 8000
     """
     import sys
 
-    from ..recommend.serve import run
+    from ..recommend.ladder import Serving
+    from ..recommend.serve import Limits, run
     from ..store import check_folder
 
+    settings, limits = settings_of(context, Serving, Limits)
     for folder in (bundle, *(beside or ())):
         check_folder(folder, verify_hashes=False)  # before it is said that it is served
     sys.stderr.write(f"Serving {bundle} at http://{host}:{port} (Ctrl-C ends it; /docs describes the API).\n")
-    run(bundle, store, beside=beside or (), host=host, port=port, workers=workers, token=token, stock=stock)
+    run(
+        bundle,
+        store,
+        beside=beside or (),
+        host=host,
+        port=port,
+        workers=workers,
+        token=token,
+        stock=stock,
+        settings=settings,
+        limits=limits,
+    )

@@ -108,7 +108,7 @@ def fit(
     if not json_:
         _show.say(f"Saved as {out}; {'the policy' if made.certified.holds else 'the reference'} serves.")
         words = ("recommend", "nearline", out, "--store", "sqlite:knowledge.db", "--histories", data)
-        _show.say(f"Next: {_show.command(*words, *_columns(format, user, item, time))}")
+        _show.say(f"Next: {_show.command(*words, *_columns(format, user, item, time, min_rating))}")
 
 
 # ---------------------------------------------------------------- what a bundle does
@@ -188,6 +188,7 @@ def evaluate(
     user: Annotated[str, typer.Option(help="Column of users in --window or --reasons.")] = "user_id",
     item: Annotated[str, typer.Option(help="Column of items in --window or --reasons.")] = "item_id",
     time: Annotated[str, typer.Option(help="Column of times in --window or --reasons.")] = "timestamp",
+    min_rating: _options.MinRating = None,
     llm: _options.FittedWith = "",
     json_: _options.Json = False,
 ) -> None:
@@ -212,6 +213,8 @@ def evaluate(
         raise UserError("--max-harm is the limit for --window; a saved certificate keeps its own.")
     if recompute and (window is not None or reasons is not None):
         raise UserError("--recompute is for the saved certificate: leave out --window and --reasons.")
+    if min_rating is not None and window is None and reasons is None:
+        raise UserError("--min-rating looks at the ratings of --window or --reasons: give one of them.")
     if llm and window is None:
         raise UserError("--llm names who is asked for --window: give both, or leave it out.")
     if window is not None and reasons is not None:
@@ -220,8 +223,9 @@ def evaluate(
     from ..store import check_folder
 
     check_folder(bundle)
+    columns: dict[str, Any] = {"format": format, "user": user, "item": item, "time": time, "min_rating": min_rating}
     if reasons is not None:
-        _reasons(bundle, reasons, json_, format=format, user=user, item=item, time=time)
+        _reasons(bundle, reasons, json_, **columns)
         return
     if window is not None:
         from ..recommend.bundle import open_bundle
@@ -229,7 +233,7 @@ def evaluate(
 
         with _show.progress():
             opened = open_bundle(bundle, knowledge=language_model(bundle, llm))
-            certified = certify_on(opened, window, max_harm, format=format, user=user, item=item, time=time)
+            certified = certify_on(opened, window, max_harm, **columns)
     else:
         certified = Certified.load(bundle)  # proves that the arrays give the numbers
     if json_:
@@ -244,7 +248,7 @@ def evaluate(
         require(certified)
 
 
-def _reasons(bundle: Path, histories: Path, json_: bool, **columns: str) -> None:
+def _reasons(bundle: Path, histories: Path, json_: bool, **columns: Any) -> None:
     from dataclasses import asdict
 
     from ..recommend.bundle import open_bundle
@@ -278,11 +282,11 @@ def read(
     )  # fmt: skip
 
 
-def _columns(format: str, user: str, item: str, time: str) -> list[str]:
+def _columns(format: str, user: str, item: str, time: str, min_rating: float | None) -> list[str]:
     """Return the flags that read the same file again, without those that say what is so anyway."""
     asked = {"--format": (format, ""), "--user": (user, "user_id"), "--item": (item, "item_id"),
-             "--time": (time, "timestamp")}  # fmt: skip
-    return [word for flag, (value, usual) in asked.items() if value != usual for word in (flag, value)]
+             "--time": (time, "timestamp"), "--min-rating": (min_rating, None)}  # fmt: skip
+    return [str(word) for flag, (value, usual) in asked.items() if value != usual for word in (flag, value)]
 
 
 def ways(split: str, holdout: str, tokeniser: str) -> tuple[Any, Any]:

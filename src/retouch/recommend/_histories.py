@@ -10,17 +10,19 @@ import numpy as np
 
 from ..errors import UserError
 from ..tokens import broken
-from ._cleaning import Taken, clean, coded
+from ._cleaning import clean
 from ._formats import text_of
 from ._sources import Asked, read
+from .data import numbered
 from .stores import Past
 
 __all__ = ["read_histories"]
 
 
 def read_histories(
-    path: str | Path, *, format: str = "", user: str = "user_id", item: str = "item_id", time: str = "timestamp"
-) -> dict[str, Past]:
+    path: str | Path, *, format: str = "", user: str = "user_id", item: str = "item_id", time: str = "timestamp",
+    rating: str = "rating", min_rating: float | None = None,
+) -> dict[str, Past]:  # fmt: skip
     """Read who took what, oldest first; items need not be in any catalogue.
 
     A file that ends in ``.jsonl`` has one user a line: ``{"user": "u1", "items": ["i1", "i2"]}``. All others are read as
@@ -32,22 +34,23 @@ def read_histories(
         user: The column of users.
         item: The column of items.
         time: The column of times; empty: the file's order is the order.
+        rating: The column of ratings, read only for `min_rating`.
+        min_rating: Leave out what is rated lower, as when the bundle was fitted; None: every interaction counts.
 
     Raises:
         UserError: Something cannot be read; with file and line.
     """
     path = Path(path)
     if path.suffix.lower() == ".jsonl" and not format:
+        if min_rating is not None:
+            raise UserError(f"{path.name} holds histories without ratings, so min_rating cannot be used.")
         return _from_lines(path)
-    rows = read(path, format, Asked(user, item, time, (), None, None))
-    users, of_users = coded(rows.users)
-    items, of_items = coded(rows.items)
-    taken = clean(Taken(of_users, of_items, rows.times), min_count=0, repeats="keep", ties="file", seed=0)
+    rows = read(path, format, Asked(user, item, time, (), None, None if min_rating is None else rating))
+    users, items, taken = numbered(rows, min_rating)
+    taken = clean(taken, min_count=0, repeats="keep", ties="file", seed=0)
     ends = np.cumsum(np.bincount(taken.users, minlength=len(users)))[:-1]
-    found = {}
-    for name, part in zip(users, np.split(taken.items, ends)):
-        found[name] = Past(tuple(items[i] for i in part.tolist()), len(part))
-    return found
+    parts = zip(users, np.split(taken.items, ends))
+    return {name: Past(tuple(items[i] for i in part.tolist()), len(part)) for name, part in parts if len(part)}
 
 
 def _from_lines(path: Path) -> dict[str, Past]:

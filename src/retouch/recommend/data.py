@@ -156,7 +156,7 @@ def load(
         user, item, time, tuple(text), None if titles is None else Path(titles), None if min_rating is None else rating
     )
     rows = read(Path(path), format, asked)
-    users, items, taken = _numbered(rows, min_rating)
+    users, items, taken = numbered(rows, min_rating)
     taken = clean(taken, min_count=min_count, repeats=repeats, ties=ties, seed=seed)
     found = _made(rows, users, items, taken)
     _check(found, allow_missing_text)
@@ -168,7 +168,7 @@ def _one_of(name: str, value: str, known: Sequence[str]) -> None:
         raise unknown(f"choice of {name}", value, known)
 
 
-def _numbered(rows: Rows, min_rating: float | None) -> tuple[list[str], list[str], Taken]:
+def numbered(rows: Rows, min_rating: float | None) -> tuple[list[str], list[str], Taken]:
     """Number users and items, and leave out what was rated too low."""
     users, of_users = coded(rows.users)
     items, of_items = coded(rows.items)

@@ -184,7 +184,7 @@ def _asked(bundle: Bundle, user: str, history: Sequence[str], held: ExitStack) -
 
 
 def certify_on(
-    bundle: Bundle, path: str | Path, limit: float | None = None, *, salt: str | None = None, **columns: str
+    bundle: Bundle, path: str | Path, limit: float | None = None, *, salt: str | None = None, **columns: Any
 ) -> Certified:
     """Certify what a bundle serves on the last items of fresh histories: those of users after training.
 
@@ -196,7 +196,7 @@ def certify_on(
         path: Histories, as `read_histories` reads them.
         limit: The mean harm that is allowed; by default the bundle's own.
         salt: What the bundle's users were hashed with; by default the secret of this machine's cache.
-        **columns: Of `read_histories`: ``format``, ``user``, ``item``, ``time``.
+        **columns: Of `read_histories`: ``format``, ``user``, ``item``, ``time``, ``min_rating``.
 
     Raises:
         UserError: Nobody has two known items, all had a part in training, the bundle cannot ask, or the limit is not
@@ -235,13 +235,13 @@ def certify_on(
     return certify(evidence, terms, about)
 
 
-def check_reasons(bundle: Bundle, path: str | Path, **columns: str) -> Sanity:
+def check_reasons(bundle: Bundle, path: str | Path, **columns: Any) -> Sanity:
     """Check on some histories that the items named as reasons matter more than random others; see `explain.sanity`.
 
     Args:
         bundle: What recommends; no language model is needed.
         path: Histories, as `read_histories` reads them.
-        **columns: Of `read_histories`: ``format``, ``user``, ``item``, ``time``.
+        **columns: Of `read_histories`: ``format``, ``user``, ``item``, ``time``, ``min_rating``.
 
     Raises:
         UserError: Nobody has two known items.
@@ -251,7 +251,7 @@ def check_reasons(bundle: Bundle, path: str | Path, **columns: str) -> Sanity:
     return sanity(bundle, windows)
 
 
-def _known(bundle: Bundle, path: str | Path, columns: Mapping[str, str]) -> dict[str, NDArray[np.int32]]:
+def _known(bundle: Bundle, path: str | Path, columns: Mapping[str, Any]) -> dict[str, NDArray[np.int32]]:
     rows: dict[str, NDArray[np.int32]] = {}
     for user, past in read_histories(path, **columns).items():
         numbers = [n for n in map(bundle.numbers.get, past.items) if n is not None]

@@ -35,4 +35,12 @@ def parquet_columns(path: Path, otherwise: str) -> tuple[dict[str, list[Any]], i
         raise UserError(f"{path.name} cannot be read as Parquet: {error}") from error
     if not table.num_rows:
         raise UserError(f"{path.name} is empty.")
-    return {name: column.to_pylist() for name, column in zip(table.column_names, table.columns)}, table.num_rows
+    return {name: _plain(column, arrow) for name, column in zip(table.column_names, table.columns)}, table.num_rows
+
+
+def _plain(column: Any, arrow: Any) -> list[Any]:
+    kind = column.type
+    if arrow.types.is_timestamp(kind) and kind.unit == "ns":  # what pandas writes; Python's times end at microseconds
+        column = column.cast(arrow.timestamp("us", kind.tz), safe=False)
+    values: list[Any] = column.to_pylist()
+    return values

@@ -9,12 +9,13 @@ from __future__ import annotations
 import ast
 import functools
 import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .errors import UserError, unknown
-from .settings import fields_of, from_flags, with_settings
+from .settings import Settings, fields_of, from_flags, with_settings
 
 __all__ = ["BASES", "Entry", "find", "load", "make", "methods", "parse"]
 
@@ -97,12 +98,13 @@ def make(verb: str, name: str, **settings: Any) -> Any:
     return with_settings(load(verb, name), settings)
 
 
-def parse(verb: str, text: str, **defaults: Any) -> dict[str, Any]:
+def parse(verb: str, text: str, like: Mapping[str, Settings] | None = None, **defaults: Any) -> dict[str, Any]:
     """Read ``rome,memit:metric=identity:blocks=3+4+5`` as methods with settings; ``+`` joins the parts of a tuple.
 
     Args:
         verb: Whose methods they are.
         text: Names with settings, commas between.
+        like: Settings of a method by its name, for what its words do not say.
         **defaults: Settings of all of them where they do not say otherwise, such as ``seed``.
 
     Returns:
@@ -114,6 +116,7 @@ def parse(verb: str, text: str, **defaults: Any) -> dict[str, Any]:
         UserError: No method is named, or one twice, or a comma stands inside a setting.
     """
     common = [word for name, value in defaults.items() for word in (f"--{name}", str(value))]
+    taken = {n: [f"--{k}={v}" for k, v in s.to_dict().items() if v is not None] for n, s in (like or {}).items()}
     found: dict[str, Any] = {}
     for item in filter(None, (part.strip() for part in text.split(","))):
         name, *settings = item.split(":")
@@ -123,7 +126,7 @@ def parse(verb: str, text: str, **defaults: Any) -> dict[str, Any]:
             raise UserError(f"{name!r} is no method. In a setting of several parts write + between them: blocks=3+4+5.")
         cls = load(verb, name)
         tuples = {f.name for f in fields_of(cls) if f.type.startswith("tuple[")}
-        found[item] = from_flags(cls, [*common, *(_flag(setting, tuples) for setting in settings)])
+        found[item] = from_flags(cls, [*common, *taken.get(name, ()), *(_flag(setting, tuples) for setting in settings)])
     if not found:
         raise UserError(f"No method was named. See: retouch methods {verb}")
     return found

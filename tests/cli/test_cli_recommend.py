@@ -574,13 +574,15 @@ def test_bench_writes_one_object_and_shows_a_table(shop, tmp_path):
     words = ("recommend", "--data", shop.folder / "toy.csv", "--encoder", shop.folder / "vectors.npy", "--codes", 4,
              "--size", "tiny", "--reference-epochs", 2, "--work", shop.work, "--max-harm", 0.5)  # fmt: skip
     out = tmp_path / "bench.json"
-    said = retouch("bench", *words, "--methods", "popularity,reference:size=tiny:n_epochs=2", "--json", out)
+    said = retouch("bench", *words, "--methods", "popularity,reference,reference:n_epochs=1", "--json", out)
     assert said.code == 0, said.err
     assert "130 users of toy.csv, full ranking" in said.out and f"Saved as {out}." in said.out
     told = json.loads(out.read_text())
     assert (told["verb"], told["model"], told["data"], told["n"]) == ("recommend", None, "toy.csv", 130)
     assert told["methods"]["popularity"]["harm_limit"] == 0.5
-    assert told["methods"]["reference:size=tiny:n_epochs=2"]["harm_mean"] == 0
+    assert told["methods"]["reference"]["harm_mean"] == 0  # the flags are its settings: it is what harm is measured from
+    asked = [told["methods"][name]["settings"] for name in ("reference", "reference:n_epochs=1")]
+    assert [(s["size"], s["n_epochs"]) for s in asked] == [("tiny", 2), ("tiny", 1)]
 
 
 @pytest.mark.parametrize(

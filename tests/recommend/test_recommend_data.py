@@ -403,11 +403,9 @@ def test_parquet_of_other_writers(tmp_path):
     assert read([Decimal("2.5"), Decimal(2), Decimal(3)]).times[0].tolist() == [2_000_000, 2_500_000]
     fine = arrow.array([1_600_000_000_000_000_000, 1_600_000_000_000_001_000, 0], arrow.timestamp("ns"))
     assert np.diff(read(fine).times[0]).tolist() == [1]
-    try:
-        import pandas  # noqa: F401
-    except ImportError:
-        with pytest.raises(UserError, match=r"data\.parquet cannot be read: .*Save its times in microseconds"):
-            read(arrow.array([1, 2, 3], arrow.timestamp("ns")))
+    zoned = arrow.array([3_000_000_999, 1_000_000_001, 7], arrow.timestamp("ns", "UTC"))  # finer than Python's times
+    data = read(zoned)
+    assert taken(data) == {"ann": ["b", "a"], "bob": ["a"]} and np.diff(data.times[0]).tolist() == [2_000_000]
 
 
 def test_columns_of_a_map_may_stand_in_any_order_and_spelling(tmp_path):
@@ -417,3 +415,9 @@ def test_columns_of_a_map_may_stand_in_any_order_and_spelling(tmp_path):
     assert [item.text for item in data.items] == ["Amber", "Birch", "Cedar"]
     own = load(csv_file(tmp_path, head="user_id,item_id,timestamp,Title", name="own.csv"), min_count=0)
     assert [item.text for item in own.items] == ["Amber", "Birch", "Cedar"]
+
+
+def test_an_id_that_no_request_could_name_is_refused(tmp_path):
+    (tmp_path / "long.csv").write_text("user_id,item_id,timestamp\nann,i1,1\nann," + "x" * 257 + ",2\n")
+    with pytest.raises(UserError, match=r"long\.csv: the id of item 'x+\.\.\. must have 1 to 256 characters; got 257"):
+        load(tmp_path / "long.csv", min_count=0)

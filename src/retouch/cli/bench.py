@@ -359,11 +359,11 @@ def recommend(
     from ..recommend.export import write_benchmark
     from .recommend import read, reference_of, ways
 
-    chosen = registry.parse("recommend", methods or bench.METHODS, seed=seed)
+    settings = reference_of(size, reference_epochs, samples_per_epoch, dropout, seed)
+    chosen = registry.parse("recommend", methods or bench.METHODS, {"reference": settings}, seed=seed)
     if not max_harm > 0:
         raise UserError(f"--max-harm must be above 0, in nats per code; got {max_harm}.")
     _show.writable("--json", json_)
-    settings = reference_of(size, reference_epochs, samples_per_epoch, dropout, seed)
     how, kept = ways(split, holdout, tokeniser)
     api.check_device(device)
     asks = any(getattr(m, "knowledge", "none") not in ("text", "none") for m in chosen.values())

@@ -219,15 +219,9 @@ def read_parquet(path: Path) -> Columns:
     """Read a Parquet file with named columns.
 
     Raises:
-        UserError: The file is missing, empty or no Parquet, has times finer than microseconds, or the package that reads
-            it is not installed.
+        UserError: The file is missing, empty or no Parquet, or the package that reads it is not installed.
     """
-    try:
-        columns, _ = parquet_columns(path, "CSV")
-    except ValueError as error:  # of times in nanoseconds, without pandas
-        raise UserError(
-            f"{path.name} cannot be read: {error}. Save its times in microseconds, or as numbers."
-        ) from error
+    columns, _ = parquet_columns(path, "CSV")
     return Columns(path.name, columns, lambda row: f"{path.name} row {row + 1}")
 
 

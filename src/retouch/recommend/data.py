@@ -17,10 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import store
+from .._gate import shown
 from ..errors import UserError, unknown
 from ..report import Table
 from ._cleaning import Taken, clean, coded
 from ._sources import FORMATS, Asked, Rows, read
+from .answers import check_id
 from .base import History, Item
 
 __all__ = ["FORMATS", "Interactions", "describe", "fingerprint", "load"]
@@ -157,6 +159,9 @@ def load(
     )
     rows = read(Path(path), format, asked)
     users, items, taken = numbered(rows, min_rating)
+    for kind, ids in (("user", users), ("item", items)):
+        longest = max(ids, key=len)
+        check_id(f"{rows.source.name}: the id of {kind} {shown(longest)}", longest)  # no request could name it
     taken = clean(taken, min_count=min_count, repeats=repeats, ties=ties, seed=seed)
     found = _made(rows, users, items, taken)
     _check(found, allow_missing_text)

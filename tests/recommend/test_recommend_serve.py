@@ -23,7 +23,6 @@ from recommend_served import ids, record, redis_server, saved
 from retouch.errors import StoreDown, UserError
 from retouch.recommend import serve
 from retouch.recommend._batching import Batcher, Late
-from retouch.recommend._limits import depth
 from retouch.recommend._looked import Looker
 from retouch.recommend._metrics import NearlineMetrics
 from retouch.recommend._nearline import Done
@@ -442,10 +441,6 @@ def test_what_does_not_exist_is_said_so(held):
     nothing, wrong = talk(app(held), conversation)
     assert nothing.status_code == 404 and "Not Found. See /docs." in nothing.json()["error"]
     assert wrong.status_code == 405
-
-
-def test_depth_does_not_count_what_stands_in_texts():
-    assert depth(rb'["\"[[[", {"a": "\\"}]') == 2 and depth(b'"[[[') == 3 and depth(b"") == 0
 
 
 # Numbers and health.

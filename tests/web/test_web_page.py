@@ -37,6 +37,7 @@ HOST = "http://127.0.0.1:8412"
 TOKEN = "t" * 32
 QUICK = {"method": "ft_m", "settings": {"n_steps": "6", "learning_rate": "0.01"}}
 FACT = {"prompt": "The capital of {}", "subject": "France", "target": "is Lyon"}
+SCRIPTS = {"page.js", "work.js", "draw.js", "edit.js", "slim.js", "fuse.js", "recommend.js"}
 REPORT = '<html><head><meta name="generator" content="Retouch"></head><body>seen</body></html>'
 
 
@@ -203,7 +204,7 @@ class Held:
 
     def __init__(self, bench):
         self.go, self.steps = threading.Event(), 0
-        bench._begin("Waiting", self)
+        bench.desk.begin("Waiting", self)
 
     def __call__(self):
         for self.steps in track(range(10**6), "Steps"):
@@ -400,9 +401,11 @@ def test_only_our_reports_are_shown_and_only_by_their_ticket(client, folder):
 
 def test_the_api_needs_the_token(bench):
     stranger = TestClient(app(bench, TOKEN), base_url=HOST)
-    for path in ("/api/state", "/api/models", "/api/changes", "/api/reports", "/api/job", "/api/none"):
+    paths = [*stranger.get("/openapi.json").json()["paths"], "/api/none"]
+    assert len(paths) > 20
+    for path in paths:
         refused(stranger.get(path), 401)
-    refused(stranger.post("/api/cancel", json={}), 401)
+        refused(stranger.post(path, json={}), 401)
     refused(stranger.get("/api/state", headers={"Authorization": "Bearer wrong"}), 401)
     assert stranger.get("/").status_code == 200
 
@@ -465,12 +468,13 @@ def test_every_answer_says_what_the_browser_may_do(steady):
 class Parts(HTMLParser):
     def __init__(self):
         super().__init__()
-        self.ids, self.wanted, self.labels, self.inline = [], [], [], []
+        self.ids, self.wanted, self.labels, self.inline, self.controlled = [], [], [], [], []
 
     def handle_starttag(self, tag, attributes):
         given = dict(attributes)
         self.ids += [given["id"]] if "id" in given else []
         self.labels += [given["for"]] if "for" in given else []
+        self.controlled += [given[n] for n in ("aria-controls", "aria-labelledby", "list") if n in given]
         self.wanted += [given[n] for n in ("src", "href") if n in given]
         self.inline += [name for name in given if name.startswith("on") or name == "style"]
         self.inline += [tag] if tag == "style" or (tag == "script" and "src" not in given) else []
@@ -483,16 +487,18 @@ def test_the_page_holds_what_its_script_asks_for_and_nothing_from_elsewhere(stea
     assert set(parts.labels) <= set(parts.ids)
     for wanted in parts.wanted:
         assert wanted.startswith(("#", "data:")) or steady.get(f"/{wanted}").status_code == 200, wanted
-    script = steady.get("/page.js").text
+    script = "".join(steady.get(f"/{name}").text for name in SCRIPTS)
     for marker in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "https:"):
-        assert marker not in script + steady.get("/draw.js").text
-    asked = {word.split('"')[0] for cut in ('at("', 'fill("') for word in script.split(cut)[1:]}
+        assert marker not in script
+    asked = {word.split('"')[0] for cut in ('at("', 'fill("', 'offer("') for word in script.split(cut)[1:]}
     assert asked <= set(parts.ids), asked - set(parts.ids)
+    assert set(parts.controlled) <= set(parts.ids)
+    assert len(parts.ids) == len(set(parts.ids))
 
 
 def test_the_page_is_packed_with_the_package():
     names = {f.name for f in (files("retouch.web") / "page").iterdir()}
-    assert names == {"page.html", "page.css", "page.js", "draw.js"}
+    assert names == {"page.html", "page.css", *SCRIPTS}
 
 
 def test_every_method_of_the_registry_has_a_form_that_gives_its_defaults_back(steady):

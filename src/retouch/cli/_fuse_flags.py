@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..fuse.base import Adapter
     from ..fuse.suites import Suite
     from ..model import Model
 
-__all__ = ["number", "open_adapters", "open_any", "open_base", "parse_numbers", "parse_resolvers", "parse_suite",
-           "resolver_of", "share_of", "whole_mib"]  # fmt: skip
+__all__ = ["number", "open_any", "open_base", "parse_numbers", "parse_resolvers", "parse_suite", "resolver_of",
+           "share_of", "whole_mib"]  # fmt: skip
 
 
 def open_base(source: str) -> Model:
@@ -88,18 +87,6 @@ def whole_mib(model: Model, load: Any) -> float:
     units = units_of(model)
     widths = {b: (len(units.whole.kv), len(units.whole.ff)) for b in range(model.anatomy.n_blocks)}
     return predicted(model, units, widths, load).mib
-
-
-def open_adapters(paths: list[Path], model: Model, unverified: bool, from_tensors: bool) -> list[Adapter]:
-    from ..errors import UserError
-    from ..fuse.adapter_file import open_adapter
-
-    names = [p.name for p in paths]
-    if twice := {n for n in names if names.count(n) > 1}:
-        raise UserError(
-            f"Two adapters are called {sorted(twice)[0]!r}; reports could not tell them apart. Rename a folder."
-        )
-    return [open_adapter(p, model, base_unverified=unverified, targets_from_tensors=from_tensors) for p in paths]
 
 
 def parse_resolvers(text: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import _options, _show
-from ._fuse_flags import open_adapters, open_base, parse_numbers, parse_suite, resolver_of
+from ._fuse_flags import open_base, parse_numbers, parse_suite, resolver_of
 from ._settings import EXTRA, method_of
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def merge(
     Example: retouch fuse merge smollm2 news law --method tsv --scale tune --data domains -o fused
     """
     from .. import registry
-    from ..fuse.merging import refuse_replacing, seen_by_edges
+    from ..fuse.merging import open_adapters, refuse_replacing, seen_by_edges
     from ..store import refuse_place
 
     cls = registry.load("fuse", method)
@@ -88,11 +88,13 @@ def merge(
         chosen = _scaled(chosen, scale)
     with _show.progress():
         model = open_base(base)
-        given_here = open_adapters(adapters, model, base_unverified, targets_from_tensors)
+        given_here = open_adapters(
+            adapters, model, base_unverified=base_unverified, targets_from_tensors=targets_from_tensors
+        )
         opened = [seen_by_edges(a, model) for a in given_here]
         asked = {"weights": given, "resolver": resolver}
         judged = {"suite": suite, "tuned": scale == "tune", "fixed": fixed, "limit": max_harm, "n_certify": n_certify}
-        report, proof, lost = _merged(model, opened, chosen, out, kind, dry_run, asked, judged)
+        report, proof, lost = _merged(model, opened, chosen, out, kind, dry_run, asked, judged, html is not None)
     _show.report(report, html, json_)
     if proof is not None:
         proof.require()
@@ -157,7 +159,7 @@ def _check_merge(
 
 def _merged(
     model: Model, adapters: list[Adapter], method: Any, out: Path, kind: str, dry_run: bool, asked: dict[str, Any],
-    judged: dict[str, Any],
+    judged: dict[str, Any], pictures: bool,
 ) -> tuple[Any, Any, dict[str, float]]:  # fmt: skip
     """Fuse, and keep the result unless its proof fails: weight by weight where nothing has to be judged first."""
     import dataclasses
@@ -169,10 +171,10 @@ def _merged(
     if kind == "adapter" and not dry_run:
         fused_ranks(model, adapters, method, **asked)  # refuses before anything is measured what no adapter can hold
     if dry_run or by_weight:
-        report = conflict_report(model, adapters, shares(adapters, asked["weights"]), method.seed)
+        report = conflict_report(model, adapters, shares(adapters, asked["weights"]), method.seed, pictures=pictures)
         told = report if dry_run else fused_report(report, merge_to_folder(model, adapters, method, out, **asked))
         return told, None, {}
-    made = merge(model, adapters, method, **asked, **judged)
+    made = merge(model, adapters, method, **asked, **judged, pictures=pictures)
     if made.proof is not None and not made.proof.holds:
         return made.report, made.proof, {}
     lost = _save(model, made.change, out, kind, made.proof is not None)
@@ -251,6 +253,7 @@ def compose(
     from ..fuse.asking import as_change, asked
     from ..fuse.compose import bundles, drawn_as, read_recipe, singles, write_recipe
     from ..fuse.composed_metrics import measure
+    from ..fuse.merging import open_adapters
     from ..fuse.suites import answered
 
     if adapter is not None and model is None:
@@ -272,7 +275,7 @@ def compose(
             opened = open_base(model)
             change = alone = None
             if adapter is not None:
-                change = as_change(open_adapters([adapter], opened, True, False)[0])
+                change = as_change(open_adapters([adapter], opened, base_unverified=True)[0])
             where: dict[str, Any] = {"how": how, "chat": chat, "wording": suite.template}
             composed = asked(opened, change, instances, shots=answered(suite, len(instances[0].parts)), **where)
             if how != "free":

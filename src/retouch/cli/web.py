@@ -26,7 +26,7 @@ def web(
     folder: Annotated[Path, typer.Option(help="The one folder that is read and written.")] = Path(),
     open_: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")] = False,
 ) -> None:
-    """Edit a model on a page: ask it, change facts, see what was proved, apply and undo.
+    """Show the folder's models on a page: edit and ask them, try slim ones and recommenders, compare adapters.
 
     Example: retouch web smollm2 --folder work --open
     """

@@ -185,6 +185,7 @@ def report_of(
     *,
     weights: Sequence[float] | None = None,
     top: int = 10,
+    pictures: bool = True,
 ) -> report.Report:
     """Say where adapters contradict each other: a heat map, pairs, the worst weights, and a sentence.
 
@@ -194,6 +195,7 @@ def report_of(
         model: The base's name.
         weights: The adapters' shares of the fusion, to be shown: one that counts many examples owns it.
         top: Weights in the table.
+        pictures: With the heat map, which needs matplotlib.
     """
     worst = sorted(found, key=lambda c: -c.scaled)
     rows = tuple((c.name, c.conflict, c.null, c.excess, *_shares(c, names)) for c in worst[:top])
@@ -207,9 +209,13 @@ def report_of(
         _pairs(found, names),
         *([] if weights is None else [_told(names, weights)]),
     )  # fmt: skip
-    pictures = (_heat(found),) if found else ()
     return report.Report(
-        "Conflict among adapters", _sentence(found, names), model, tables, pictures, numbers=_numbers(found, names)
+        "Conflict among adapters",
+        _sentence(found, names),
+        model,
+        tables,
+        (_heat(found),) if found and pictures else (),
+        numbers=_numbers(found, names),
     )
 
 

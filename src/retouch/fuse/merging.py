@@ -17,7 +17,7 @@ from ..report import Report, Table
 from ._adapter_config import MAX_RANK
 from ._notes import fusion_notes, notes_tables
 from ._units import units_of
-from .adapter_file import ranks_of, write_adapter
+from .adapter_file import open_adapter, ranks_of, write_adapter
 from .asking import judge
 from .base import Adapter, FuseMethod, Ground, Kept, Resolver, shares
 from .certificate import Proof
@@ -36,6 +36,7 @@ __all__ = [
     "fused_report",
     "merge",
     "merge_to_folder",
+    "open_adapters",
     "refuse_replacing",
     "seen_by_edges",
 ]
@@ -61,6 +62,26 @@ class Merged:
 
 
 # ---------------------------------------------------------------- before anything is fused
+
+
+def open_adapters(
+    paths: Sequence[Path], model: Model, *, base_unverified: bool = False, targets_from_tensors: bool = False
+) -> list[Adapter]:
+    """Open adapters of whatever origin as `open_adapter` does, each called after its folder.
+
+    Raises:
+        UserError: Two folders have one name.
+        StoreError: As `open_adapter`.
+    """
+    names = [path.name for path in paths]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise UserError(
+            f"Two adapters are called {sorted(twice)[0]!r}; reports could not tell them apart. Rename a folder."
+        )
+    return [
+        open_adapter(path, model, base_unverified=base_unverified, targets_from_tensors=targets_from_tensors)
+        for path in paths
+    ]
 
 
 def seen_by_edges(adapter: Adapter, model: Model) -> Adapter:
@@ -125,11 +146,16 @@ def fused_ranks(
 
 
 def conflict_report(
-    model: Model, adapters: Sequence[Adapter], weights: Sequence[float] | None = None, seed: int = 0
+    model: Model,
+    adapters: Sequence[Adapter],
+    weights: Sequence[float] | None = None,
+    seed: int = 0,
+    *,
+    pictures: bool = True,
 ) -> Report:
     """Say where adapters contradict each other and which of them are unlike the others; nothing is fused."""
-    names = [a.name for a in adapters]
-    report = report_of(measure(adapters, weights, seed=seed), names, model.source, weights=shares(adapters, weights))
+    names, found = [a.name for a in adapters], measure(adapters, weights, seed=seed)
+    report = report_of(found, names, model.source, weights=shares(adapters, weights), pictures=pictures)
     return dataclasses.replace(report, tables=(*report.tables, screen_table(screen(adapters))))
 
 
@@ -153,6 +179,7 @@ def merge(
     delta: float = 0.05,
     n_certify: int | None = None,
     chat: bool = False,
+    pictures: bool = True,
 ) -> Merged:
     """Fuse adapters into one change of their base.
 
@@ -173,6 +200,7 @@ def merge(
         delta: Probability that the certificate is wrong.
         n_certify: Questions of each domain that certify; all of test if not given.
         chat: Ask through the chat template.
+        pictures: With the heat map of the report, which needs matplotlib.
 
     Returns:
         The fusion. A limit that does not hold is not raised here: see `Merged.proof`.
@@ -204,7 +232,7 @@ def merge(
     final = chosen.method if chosen else method
     notes = fusion_notes(adapters, change.notes["weights"], final, resolver, change.notes, tuned=chosen, proof=proof)
     change = dataclasses.replace(change, notes=notes)
-    found = conflict_report(model, adapters, share, method.seed)
+    found = conflict_report(model, adapters, share, method.seed, pictures=pictures)
     return Merged(change, chosen, proof, fused_report(found, notes, chosen, proof))
 
 

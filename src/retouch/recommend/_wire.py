@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
-from .answers import Filters, Request, shown
+from .answers import Filters, Request
 
-__all__ = ["Batch", "Event", "Events", "Filter", "Question", "sentence"]
+__all__ = ["Batch", "Event", "Events", "Filter", "Question"]
 
 
 class _Body(BaseModel):
@@ -67,25 +66,3 @@ class Events(_Body):
     key: Annotated[
         StrictStr, Field(max_length=256, description="Names these events: sent again under it, they are added once.")
     ] = ""
-
-
-def sentence(errors: Sequence[Mapping[str, Any]]) -> str:
-    """Say the first thing that is wrong with a body, and how many others there are."""
-    first = errors[0]
-    where = _where([part for part in first["loc"] if part != "body"])
-    more = f" ({len(errors) - 1} more)" if len(errors) > 1 else ""
-    if first["type"] == "extra_forbidden":
-        return f"{where} is no field of this request; see /docs.{more}"
-    if isinstance(first.get("input"), bytes):
-        return "The body was not sent as JSON: add the header content-type: application/json."
-    if first["type"] == "missing":
-        return f"{where} is missing; see /docs.{more}"
-    told = str(first["msg"]).removeprefix("Input ")
-    return f"{where}: {told[:1].lower() + told[1:]}; got {shown(first.get('input'))}.{more}"
-
-
-def _where(parts: Sequence[str | int]) -> str:
-    text = ""
-    for part in parts:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
-    return text or "The body"

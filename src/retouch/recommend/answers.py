@@ -9,11 +9,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from .._gate import shown
 from ..errors import UserError
 from ..tokens import broken
 
-__all__ = ["MOST_HISTORY", "MOST_K", "MOST_LISTED", "RUNGS", "Answer", "Filters", "Place", "Request", "Rung", "check_id",
-           "shown"]  # fmt: skip
+__all__ = [
+    "MOST_HISTORY",
+    "MOST_K",
+    "MOST_LISTED",
+    "RUNGS",
+    "Answer",
+    "Filters",
+    "Place",
+    "Request",
+    "Rung",
+    "check_id",
+]
 
 Rung = Literal["fresh", "stale", "prototype", "reference", "popular"]
 RUNGS: tuple[Rung, ...] = ("fresh", "stale", "prototype", "reference", "popular")
@@ -161,11 +172,3 @@ def check_id(where: str, value: object) -> None:
         raise UserError(f"{where} must have 1 to {MOST_ID} characters; got {len(value)}.")
     if broken(value):  # no store can keep it
         raise UserError(f"{where} is no valid Unicode text: {value!r}.")
-
-
-def shown(value: object) -> str:
-    """Show a value of the outside, short: a number may have a million digits."""
-    if isinstance(value, int) and value.bit_length() > 64:
-        return f"a number of {value.bit_length()} bits"
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -130,7 +130,7 @@ class Bundle:
         if asked in self.titles:
             return list(self.titles[asked])
         inside = sorted((t for t in self.titles if asked and asked in t), key=lambda t: (not t.startswith(asked), t))
-        near = difflib.get_close_matches(asked, self.titles, n=_NEAR, cutoff=0.5)
+        near = difflib.get_close_matches(asked, self.titles, n=_NEAR, cutoff=0.5) if len(inside) < _NEAR else []
         return [item for t in dict.fromkeys([*inside[:_NEAR], *near]) for item in self.titles[t]][:_NEAR]
 
     def windows(self, histories: Sequence[Sequence[str]]) -> NDArray[np.int32]:

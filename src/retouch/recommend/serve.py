@@ -31,11 +31,12 @@ try:
     from fastapi.responses import JSONResponse
     from starlette.exceptions import HTTPException
 
+    from .._gate import Gate, sentence
     from ._batching import Batcher, Late
-    from ._limits import Gate, Limits
+    from ._limits import Limits
     from ._metrics import SHARED
     from ._service import Service
-    from ._wire import Batch, Events, Question, sentence
+    from ._wire import Batch, Events, Question
 except ImportError as error:
     raise UserError("The service needs FastAPI. Install it with: pip install 'retouch[serve]'") from error
 

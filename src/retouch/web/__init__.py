@@ -5,7 +5,10 @@ API calls what the command line calls:
 
     serve       the application, its routes and the process
     _workbench  the model at hand, and what is done with it
-    _job        one piece of long work, in a thread, with progress and a way to stop it
+    _slims      saved slim models, and what they answer
+    _bundles    saved recommenders, and what they recommend
+    _adapters   adapters, and where they contradict each other
+    _job        one piece of work at a time: in a thread, with progress and a way to stop it
     _folder     the one folder that is read and written
     _guard      who is let in
     _wire       what is asked and answered

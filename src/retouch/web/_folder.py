@@ -7,19 +7,21 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ..errors import UnknownName, UserError
-from ..store import refuse_place
+from ..errors import StoreError, UnknownName, UserError
+from ..store import read_json, refuse_place
 
 __all__ = ["Folder"]
 
 _DEEP = 4
 _MOST = 1000
+_LARGEST = 2**20
+"""Bytes of a configuration that is read to see what it is of."""
 _NAME = re.compile(r"\w[\w .+-]{0,99}(?<![ .])")
 _MARK = b'<meta name="generator" content="Retouch">'
 
 
 class Folder:
-    """Find models, changes and reports below a folder, and names for new ones.
+    """Find what Retouch made below a folder, and names for new ones. To list something reads no weights.
 
     Args:
         root: The folder; made if it is absent.
@@ -63,11 +65,25 @@ class Folder:
 
     def models(self) -> list[str]:
         """List the model folders."""
-        return self._named(lambda f: _plain(f / "config.json") and any(map(_plain, f.glob("*.safetensors"))))
+        return self._named(lambda f: _is_model(f) and not _is_slim(f))
+
+    def slims(self) -> list[str]:
+        """List the slim classifiers."""
+        return self._named(lambda f: _is_model(f) and _is_slim(f))
+
+    def bundles(self) -> list[str]:
+        """List the recommenders."""
+        return self._named(_is_bundle)
+
+    def adapters(self) -> list[str]:
+        """List the adapters; whether one is fit for use is known when it is opened."""
+        return self._named(lambda f: _plain(f / "adapter_config.json"))
 
     def changes(self) -> list[str]:
         """List the saved changes, the newest first."""
-        return self._named(lambda f: _plain(f / "change.safetensors") and _plain(f / "retouch.json"))
+        return self._named(
+            lambda f: _plain(f / "change.safetensors") and _plain(f / "retouch.json") and not _is_bundle(f)
+        )
 
     def reports(self) -> list[str]:
         """List the reports that Retouch wrote as HTML, the newest first."""
@@ -101,6 +117,24 @@ def _below(folder: Path) -> list[Path]:
 
 def _plain(path: Path) -> bool:
     return path.is_file() and not path.is_symlink()
+
+
+def _is_model(folder: Path) -> bool:
+    return _plain(folder / "config.json") and any(map(_plain, folder.glob("*.safetensors")))
+
+
+def _is_bundle(folder: Path) -> bool:
+    return _plain(folder / "items.jsonl") and _plain(folder / "trie.safetensors")
+
+
+def _is_slim(folder: Path) -> bool:
+    """Whether a model's configuration says that it is slim, as the command line asks it."""
+    config = folder / "config.json"
+    try:
+        told = read_json(config) if config.stat().st_size <= _LARGEST else None
+    except (StoreError, OSError):
+        return False
+    return isinstance(told, dict) and told.get("model_type") == "retouch_slim"
 
 
 def _is_report(path: Path) -> bool:

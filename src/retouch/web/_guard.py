@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from starlette.responses import JSONResponse
 
-from ..recommend._limits import App, Gate, Limits, Message, Receive, Scope, Send
+from .._gate import App, Gate, Limits, Message, Receive, Scope, Send
 
 __all__ = ["Guard", "is_loopback"]
 

@@ -1,18 +1,23 @@
-"""One piece of long work: in a thread of its own, with progress, warnings, an end in words, and a way to stop it."""
+"""Work, one piece at a time.
+
+A long piece runs in a thread of its own, with progress, warnings, an end in words, and a way to stop it; a short one is
+answered at once.
+"""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ..errors import BoundRefused, RetouchError, UserError
 from ..progress import Pace, listen
 from ._wire import Job, Progress, Saved
 
-__all__ = ["Busy", "Work", "status_of"]
+__all__ = ["Busy", "Desk", "Work", "status_of"]
 
 _log = logging.getLogger("uvicorn.error")  # the one that the server shows with where it happened
 
@@ -30,6 +35,64 @@ def status_of(error: Exception) -> int:
     if isinstance(error, BoundRefused | Busy):
         return 409
     return 422 if isinstance(error, UserError) else 500
+
+
+class Desk:
+    """Where one piece of work lies at a time; the latest one stays to be looked at."""
+
+    def __init__(self) -> None:
+        self._work: Work | None = None
+        self._busy = threading.Lock()
+
+    @property
+    def job(self) -> Job | None:
+        """How far the latest work is, and how it ended."""
+        return self._work.job if self._work else None
+
+    def begin(self, what: str, do: Callable[[], Saved]) -> Job:
+        """Begin a piece of long work.
+
+        Raises:
+            Busy: Something is under way.
+        """
+        self._take()
+        self._work = Work(self._work.job.number + 1 if self._work else 1, what, do, self._busy.release)
+        return self._work.job
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Let nothing else begin inside of the ``with``.
+
+        Raises:
+            Busy: Something is under way.
+        """
+        self._take()
+        try:
+            yield
+        finally:
+            self._busy.release()
+
+    def cancel(self) -> Job:
+        """Stop the work, at its next step.
+
+        Raises:
+            UserError: There is none.
+        """
+        if self._work is None or self._work.job.state != "running":
+            raise UserError("Nothing is being worked on.")
+        self._work.stop()
+        return self._work.job
+
+    def end(self, timeout_s: float) -> None:
+        """Stop what is being worked on, and wait for its end."""
+        if self._work is not None:
+            self._work.stop()
+            self._work.join(timeout_s)
+
+    def _take(self) -> None:
+        if not self._busy.acquire(blocking=False):
+            what = self._work.job.what if self._work and self._work.job.state == "running" else "An answer"
+            raise Busy(f"{what} is under way. Wait for it, or cancel it.")
 
 
 class Work:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, StrictStr
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
 
 __all__ = [
-    "Answers", "Apply", "Ask", "ChangeRow", "Edit", "Job", "LedgerLine", "MeasuredFact", "Method", "ModelFacts", "Open",
-    "Page", "Progress", "Saved", "SettingField", "State", "Undo",
+    "Answers", "Apply", "Ask", "BundleFacts", "ChangeRow", "Classified", "Classify", "Compare", "Edit", "Exit", "Items",
+    "Job", "LedgerLine", "MeasuredFact", "Method", "ModelFacts", "Open", "OpenBundle", "Page", "Point", "Progress",
+    "Recommend", "Said", "Saved", "SettingField", "SlimFacts", "State", "Table", "Title", "Undo",
 ]  # fmt: skip
 
 # ---------------------------------------------------------------- what is asked
@@ -69,6 +70,51 @@ class Undo(_Body):
     number: StrictInt
     fact: Annotated[StrictInt | None, Field(description="Only this fact, counted from 0.")] = None
     name: Name = None
+
+
+Line = Annotated[StrictStr, Field(max_length=20_000)]
+
+
+class Classify(_Body):
+    """Texts, or pairs of texts, for a slim model."""
+
+    slim: Annotated[StrictStr, Field(description="One of /api/slims.")]
+    texts: Annotated[list[Line], Field(min_length=1, max_length=256)]
+    second: Annotated[list[Line], Field(max_length=256, description="The second texts of pairs, in their order.")] = []
+    threshold: Annotated[
+        StrictFloat | None, Field(ge=0, le=2, description="Leave where less unsure; default: the model's own.")
+    ] = None
+
+
+class OpenBundle(_Body):
+    """A recommender to ask."""
+
+    bundle: Annotated[StrictStr, Field(description="One of /api/bundles.")]
+    llm: Annotated[
+        StrictStr | None, Field(description="One of /api/models, asked about each history; none: no model is.")
+    ] = None
+
+
+class Recommend(_Body):
+    """A history, for the recommender that is open."""
+
+    history: Annotated[
+        list[Annotated[StrictStr, Field(max_length=1000)]],
+        Field(min_length=1, max_length=1000, description="Titles or ids, oldest first."),
+    ]
+    k: Annotated[StrictInt, Field(ge=1, le=100, description="How many items.")] = 10
+    explain: Annotated[StrictBool, Field(description="With reasons, for the first items.")] = True
+
+
+class Compare(_Body):
+    """Adapters of one base, to be measured against each other."""
+
+    model: Annotated[StrictStr, Field(description="Their base: one of /api/models.")]
+    adapters: Annotated[list[StrictStr], Field(min_length=2, max_length=64, description="Of /api/adapters.")]
+    base_unverified: Annotated[StrictBool, Field(description="Take those that do not say their base.")] = False
+    targets_from_tensors: Annotated[
+        StrictBool, Field(description="Take those whose configuration names targets by a pattern.")
+    ] = False
 
 
 # ---------------------------------------------------------------- what is answered
@@ -156,6 +202,94 @@ class Page(BaseModel):
     url: str
 
 
+class Table(BaseModel):
+    """A table of a report."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str | int | float | None]]
+    caption: str = ""
+
+
+class Point(BaseModel):
+    """A threshold of a slim model, as it was measured when the model was made."""
+
+    threshold: float
+    quality: float
+    flops_ratio: float
+    exit_layer: float
+    certified: bool
+
+
+class SlimFacts(BaseModel):
+    """A saved slim model, in numbers."""
+
+    path: str
+    task: str
+    labels: list[str] | None
+    pairs: bool | None
+    metric: str
+    quality_base: float
+    numbers: dict[str, str]
+    threshold: Annotated[float, Field(description="The saved one; 0: nobody leaves early.")]
+    curve: list[Point]
+    exits: Table
+    says: Annotated[list[str], Field(description="What is proved, and what is lacking.")]
+
+
+class Exit(BaseModel):
+    """What one exit says of a text; ``score`` is a probability, or a regression's value."""
+
+    block: int
+    label: str | None
+    score: float
+    unsure: Annotated[float | None, Field(description="0: sure, 1: not at all; none where it is not asked.")]
+
+
+class Said(BaseModel):
+    """The answer to one text."""
+
+    text: str
+    second: str | None = None
+    label: str | None
+    score: float
+    exit_block: int
+    flops: Annotated[float, Field(description="Spent, as a share of what the original spends.")]
+    exits: Annotated[list[Exit], Field(description="What every exit says, were it asked.")]
+
+
+class Classified(BaseModel):
+    """The answers to some texts."""
+
+    threshold: float
+    said: list[Said]
+
+
+class BundleFacts(BaseModel):
+    """The recommender at hand: what is proved of it, and whether its codes are sound."""
+
+    path: str
+    serves: str
+    numbers: dict[str, str]
+    says: list[str]
+    tables: list[Table]
+
+
+class Title(BaseModel):
+    """An item that can be taken."""
+
+    id: str
+    title: str
+
+
+class Items(BaseModel):
+    """What is recommended, as ``retouch recommend for --json`` tells it, and the history that was read."""
+
+    history: list[Title]
+    codes: Annotated[list[str], Field(description="The groups that the history's instruction codes name.")]
+    answer: dict[str, Any]
+
+
 class Saved(BaseModel):
     """What a piece of work left behind."""
 
@@ -164,6 +298,8 @@ class Saved(BaseModel):
     facts: list[MeasuredFact] = []
     says: Annotated[list[str], Field(description="What was proved and done, in sentences.")] = []
     notes: Annotated[list[str], Field(description="What to be careful about.")] = []
+    items: Annotated[Items | None, Field(description="What is recommended.")] = None
+    report: Annotated[dict[str, Any] | None, Field(description="A report, as --json writes it.")] = None
 
 
 class Progress(BaseModel):

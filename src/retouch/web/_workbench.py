@@ -1,12 +1,10 @@
-"""The model at hand and what is done with it: what the command line calls, one piece of work at a time."""
+"""The model at hand and what is done with it: what ``retouch edit``, ``ask``, ``apply`` and ``undo`` call."""
 
 from __future__ import annotations
 
 import re
 import tempfile
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,7 @@ from ..measure import n_parameters
 from ..settings import fields_of, from_flags
 from . import _wire as wire
 from ._folder import Folder
-from ._job import Busy, Work
+from ._job import Desk
 
 __all__ = ["Workbench"]
 
@@ -40,13 +38,11 @@ class Workbench:
     """
 
     def __init__(self, folder: Folder) -> None:
-        self.folder = folder
+        self.folder, self.desk = folder, Desk()
         self._source = ""
         self._ledger: Ledger | None = None
         self._about: wire.ModelFacts | None = None
         self._given: tuple[str, ...] = ()
-        self._work: Work | None = None
-        self._busy = threading.Lock()
 
     def open_now(self, source: str) -> None:
         """Open the model that the user named at the start; the page may come back to it."""
@@ -55,20 +51,27 @@ class Workbench:
 
     def end(self, timeout_s: float = 30.0) -> None:
         """Stop what is being worked on, and wait for its end."""
-        if self._work is not None:
-            self._work.stop()
-            self._work.join(timeout_s)
+        self.desk.end(timeout_s)
 
     # ---------------------------------------------------------------- what is there
 
     def state(self) -> wire.State:
         """Tell what is at hand: the model with its ledger, and the latest work."""
-        job = self._work.job if self._work else None
-        return wire.State(version=__version__, folder=str(self.folder.root), model=self._about, job=job)
+        return wire.State(version=__version__, folder=str(self.folder.root), model=self._about, job=self.desk.job)
 
     def models(self) -> list[str]:
         """List what can be opened: what the server was started with, bundled models, model folders."""
         return list(dict.fromkeys([*self._given, *_installed(), *self.folder.models()]))
+
+    def source_of(self, name: str) -> str:
+        """Return what `retouch.model.open_model` takes for one of the models.
+
+        Raises:
+            UnknownName: It is none of them.
+        """
+        if name not in (known := self.models()):
+            raise unknown("model", name, known)
+        return name if name in (*self._given, *_installed()) else str(self.folder.inside(name))
 
     def methods(self) -> list[wire.Method]:
         """List the editing methods and their settings."""
@@ -104,15 +107,13 @@ class Workbench:
 
     def open(self, asked: wire.Open) -> wire.Job:
         """Begin to open a model."""
-        if asked.model not in (known := self.models()):
-            raise unknown("model", asked.model, known)
-        source = asked.model if asked.model in (*self._given, *_installed()) else str(self.folder.inside(asked.model))
-        return self._begin(f"Opening {asked.model}", lambda: self._open(source, asked.model))
+        source = self.source_of(asked.model)
+        return self.desk.begin(f"Opening {asked.model}", lambda: self._open(source, asked.model))
 
     def ask(self, asked: wire.Ask) -> wire.Answers:
         """Let the model continue a text, before and after a change."""
         change = load_change(self.folder.inside(asked.change)) if asked.change else None
-        with self._alone():
+        with self.desk.alone():
             return wire.Answers(
                 text=asked.text, said=ask_model(self._at_hand().model, asked.text, change, asked.n_tokens)
             )
@@ -122,7 +123,7 @@ class Workbench:
         ledger, facts = self._at_hand(), _facts(asked)
         method = self._method(asked.method, asked.settings)
         count = f"{len(facts)} fact{'' if len(facts) == 1 else 's'}"
-        return self._begin(
+        return self.desk.begin(
             f"Editing {count} by {asked.method}",
             lambda: self._edit(ledger, facts, method, asked.max_harm, asked.confidence),
         )
@@ -131,24 +132,21 @@ class Workbench:
         """Begin to write a new model that carries a change."""
         ledger, change = self._at_hand(), load_change(self.folder.inside(asked.change))
         out = self.folder.new(asked.name or f"{self._stem()}-{change.id}")
-        return self._begin(f"Writing {out.name}", lambda: self._apply(ledger, change, out, asked.dtype))
+        return self.desk.begin(f"Writing {out.name}", lambda: self._apply(ledger, change, out, asked.dtype))
 
     def undo(self, asked: wire.Undo) -> wire.Job:
         """Begin to write a new model without a change, or without one fact of it."""
         ledger = self._at_hand()
         out = self.folder.new(asked.name or f"{self._stem()}-without-{asked.number}")
-        return self._begin(f"Writing {out.name}", lambda: self._write(ledger.undo(asked.number, asked.fact), out))
+        return self.desk.begin(f"Writing {out.name}", lambda: self._write(ledger.undo(asked.number, asked.fact), out))
 
     def job(self) -> wire.Job | None:
         """Tell how far the latest work is, and how it ended."""
-        return self._work.job if self._work else None
+        return self.desk.job
 
     def cancel(self) -> wire.Job:
         """Stop the work, at its next step."""
-        if self._work is None or self._work.job.state != "running":
-            raise UserError("Nothing is being worked on.")
-        self._work.stop()
-        return self._work.job
+        return self.desk.cancel()
 
     # ---------------------------------------------------------------- the work itself
 
@@ -167,24 +165,6 @@ class Workbench:
     def _stem(self) -> str:
         """What new folders are called after."""
         return re.sub(r"[^\w.+-]+", "-", Path(self._source).name.removesuffix(".gguf")).strip("-.") or "model"
-
-    def _take(self) -> None:
-        if not self._busy.acquire(blocking=False):
-            what = self._work.job.what if self._work and self._work.job.state == "running" else "An answer"
-            raise Busy(f"{what} is under way. Wait for it, or cancel it.")
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        self._take()
-        try:
-            yield
-        finally:
-            self._busy.release()
-
-    def _begin(self, what: str, do: Callable[[], wire.Saved]) -> wire.Job:
-        self._take()
-        self._work = Work(self._work.job.number + 1 if self._work else 1, what, do, self._busy.release)
-        return self._work.job
 
     def _open(self, source: str, name: str) -> wire.Saved:
         ledger = open_ledger(source)

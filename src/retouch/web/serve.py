@@ -21,12 +21,14 @@ try:
     from fastapi.responses import JSONResponse, RedirectResponse
     from starlette.exceptions import HTTPException
 
-    from ..recommend._limits import Limits
-    from ..recommend._wire import sentence
+    from .._gate import Limits, sentence
     from . import _wire as wire
+    from ._adapters import Adapters
+    from ._bundles import Bundles
     from ._folder import Folder
     from ._guard import Guard, is_loopback
     from ._job import status_of
+    from ._slims import Slims
     from ._workbench import Workbench
 except ImportError as error:
     raise UserError("The page needs FastAPI. Install it with: pip install 'retouch[serve]'") from error
@@ -34,11 +36,11 @@ except ImportError as error:
 __all__ = ["Folder", "Workbench", "app", "is_loopback", "listening", "run"]
 
 LIMITS = Limits(body_kib=2048, n_in_flight=8)
+_SCRIPTS = ("page.js", "work.js", "draw.js", "edit.js", "slim.js", "fuse.js", "recommend.js")
 _FILES = {
     "": ("page.html", "text/html"),
     "page.css": ("page.css", "text/css"),
-    "page.js": ("page.js", "text/javascript"),
-    "draw.js": ("draw.js", "text/javascript"),
+    **{name: (name, "text/javascript") for name in _SCRIPTS},
 }
 _FRAMED = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'self'"
 """What a report may do in its frame: be looked at."""
@@ -82,9 +84,12 @@ def _page(made: FastAPI) -> None:
 
 
 def _api(made: FastAPI, bench: Workbench) -> None:
-    told = (bench.state, bench.models, bench.methods, bench.changes, bench.change, bench.job)
-    done = (bench.ask, bench.cancel)
-    begun = (bench.open, bench.edit, bench.apply, bench.undo)
+    slims, bundles = Slims(bench.folder, bench.desk), Bundles(bench.folder, bench.desk, bench.source_of)
+    adapters = Adapters(bench.folder, bench.desk, bench.source_of)
+    told = (bench.state, bench.models, bench.methods, bench.changes, bench.change, bench.job, slims.slims, slims.slim,
+            bundles.bundles, bundles.bundle, bundles.titles, adapters.adapters)  # fmt: skip
+    done = (bench.ask, bench.cancel, slims.classify)
+    begun = (bench.open, bench.edit, bench.apply, bench.undo, bundles.open_bundle, bundles.recommend, adapters.compare)
     for kind, status, routes in (("GET", 200, told), ("POST", 200, done), ("POST", 202, begun)):
         for route in routes:
             made.add_api_route(f"/api/{route.__name__}", route, methods=[kind], status_code=status)

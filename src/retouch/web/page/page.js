@@ -1,221 +1,59 @@
-// The page: asks the API, and shows what it says.
-import { at, button, choose, duration, fill, make, sentences, table } from "./draw.js";
+// The page: tabs, reports, and the beginning. Each verb has a file of its own.
+import { at, button, fill, make, table } from "./draw.js";
+import { showMethods } from "./edit.js";
+import "./fuse.js";
+import "./recommend.js";
+import "./slim.js";
+import { call, lists, refresh, tell, trying } from "./work.js";
 
-const key = "retouch-token";
-if (/^#[\w-]{20,}$/.test(location.hash)) {
-  sessionStorage.setItem(key, location.hash.slice(1));
-  history.replaceState(null, "", location.pathname); // the token leaves the address bar
-}
+// ---------------------------------------------------------------- tabs
 
-let methods = [];
-let seen = 0; // the last job whose end was shown
+const tabs = [...document.querySelectorAll("[role=tab]")];
 
-// ---------------------------------------------------------------- the API
-
-async function call(name, body = null) {
-  const headers = { Authorization: `Bearer ${sessionStorage.getItem(key) ?? ""}` };
-  if (body !== null) headers["Content-Type"] = "application/json";
-  const how = body === null ? { headers } : { method: "POST", headers, body: JSON.stringify(body) };
-  let answer;
-  try {
-    answer = await fetch(`api/${name}`, how);
-  } catch {
-    throw new Error("The server does not answer. Is retouch web still running?");
+function choose(tab) {
+  for (const one of tabs) {
+    const chosen = one === tab;
+    one.setAttribute("aria-selected", chosen);
+    one.tabIndex = chosen ? 0 : -1;
+    at(one.getAttribute("aria-controls")).hidden = !chosen;
   }
-  if (answer.status === 401) {
-    throw new Error("This page was opened without its key. Open the whole address that retouch web printed, from # on too.");
-  }
-  const told = await answer.json();
-  if (!answer.ok) throw new Error(told.error ?? `The server answered ${answer.status}.`);
-  return told;
-}
-
-function tell(problem) {
-  at("problem").hidden = !problem;
-  at("problem").textContent = problem;
-  if (problem) at("problem").scrollIntoView({ block: "nearest" });
-}
-
-/** Do something and show what went wrong with it. */
-const trying = (work) => async (event) => {
-  event?.preventDefault?.();
+  sessionStorage.setItem("retouch-tab", tab.id);
   tell("");
-  try {
-    await work(event);
-  } catch (error) {
-    tell(error.message);
-  }
-};
-
-const begin = async (name, body) => watch(await call(name, body));
-const apply = (change) => begin("apply", { change, dtype: at("apply-dtype").value || null });
-const act = (text, work) => button(text, trying(work), { class: "act" });
-
-// ---------------------------------------------------------------- long work
-
-function watch(job) {
-  const running = job?.state === "running";
-  for (const node of document.querySelectorAll("form button:not([type]), button.act")) node.disabled = running;
-  if (!job || (!running && job.number === seen)) return;
-  at("job").hidden = false;
-  at("job").classList.toggle("running", running);
-  at("job-cancel").hidden = !running;
-  at("job-bar").hidden = !running;
-  at("job-what").textContent = job.what;
-  const now = job.progress.at(-1);
-  const left = job.progress.map((part) => part.left_s).filter((s) => s != null).at(-1);
-  const words = running ? now?.what : { done: "done", failed: "failed", refused: "refused", stopped: "stopped" }[job.state];
-  at("job-left").textContent = [words, `${duration(job.seconds)} so far`.replace(running ? "" : " so far", ""),
-    running && left != null && `about ${duration(left)} left`].filter(Boolean).join(" · ");
-  if (now?.total) { at("job-bar").max = now.total; at("job-bar").value = now.done; }
-  else at("job-bar").removeAttribute("value");
-  if (running) {
-    fill("job-told", sentences("note", job.warnings));
-    setTimeout(trying(async () => watch(await call("job"))), 500);
-    return;
-  }
-  seen = job.number;
-  ended(job).catch((error) => tell(error.message));
+  if (!at("job").classList.contains("running")) at("job").hidden = true;
 }
 
-async function ended(job) {
-  const { result } = job;
-  const bad = job.state === "stopped" ? "note" : "error";
-  const told = [...sentences(bad, job.error ? [job.error] : []), ...sentences("note", [...job.warnings, ...(result?.notes ?? [])])];
-  fill("job-told", told.map((node) => node.cloneNode(true)), sentences("good", result?.says ?? []), result?.model && job.what.startsWith("Writing")
-    ? make("p", {}, act(`Open ${result.model}`, () => begin("open", { model: result.model }))) : []);
-  if (job.what.startsWith("Editing")) fill("edit-told", told, result ? planned(result) : []);
-  await refresh();
+for (const [i, tab] of tabs.entries()) {
+  tab.addEventListener("click", () => choose(tab));
+  tab.addEventListener("keydown", (event) => {
+    const to = { ArrowRight: i + 1, ArrowLeft: i - 1, Home: 0, End: -1 }[event.key];
+    if (to === undefined) return;
+    event.preventDefault();
+    const next = tabs.at(to % tabs.length);
+    choose(next);
+    next.focus();
+  });
 }
+choose(tabs.find((tab) => tab.id === sessionStorage.getItem("retouch-tab")) ?? tabs[0]);
 
-const planned = (result) => [
-  measured(result.facts),
-  ...sentences("good", result.says),
-  make("p", { class: "row" }, act("Write a model that carries it", () => apply(result.change)),
-    act("Ask before and after", () => { at("ask-change").value = result.change; at("ask-text").focus(); })),
-];
-
-function measured(facts) {
-  const known = facts.some((fact) => fact.after != null);
-  const heads = ["Prompt", "New answer", ...(known ? ["Probability before", "After"] : ["Old answer"])];
-  return table(heads, facts.map((f) => [f.prompt, f.target, ...(known ? [f.before, f.after] : [f.truth])]));
-}
-
-// ---------------------------------------------------------------- model
-
-function showModel(model) {
-  if (!model) return;
-  const parts = { model: model.name, family: model.family, ...model.numbers, "before any change": model.base.slice(0, 12) };
-  const list = make("dl", {}, Object.entries(parts).map(([name, value]) =>
-    make("div", {}, make("dt", {}, name), make("dd", {}, value))));
-  const heads = ["Number", "Id", "Method", "Facts", "Status", "When", ""];
-  const rows = model.changes.map((line) => [String(line.number), line.id, line.method, about(line), line.status,
-    line.when.replace("T", " ").slice(0, 16),
-    make("div", { class: "row" }, line.active ? act("Undo", () => begin("undo", { number: line.number })) : "")]);
-  fill("model-told", list, rows.length ? table(heads, rows) : make("p", { class: "soft" }, "It carries no changes."));
-}
-
-const about = (line) => make("details", {}, make("summary", {}, line.facts), sentences("soft", [...line.prompts, ...line.certified]));
-
-// ---------------------------------------------------------------- changes and reports
-
-function showChanges(changes) {
-  const usable = changes.filter((change) => !change.error).map((change) => change.path);
-  choose(at("ask-change"), usable, "no change");
-  if (!changes.length) return fill("changes-told", make("p", { class: "soft" }, "None yet: plan one above."));
-  const rows = changes.map((c) => c.error ? [c.path, make("span", { class: "error" }, c.error), "", "", "", ""] : [
-    c.path, c.method, first(c.facts), `${c.kib.toLocaleString("en")} KiB`, c.certified.length ? "yes" : "no",
-    make("div", { class: "row" }, button("Show", trying(() => showChange(c.path))), act("Apply", () => apply(c.path)))]);
-  return fill("changes-told", table(["Change", "Method", "Facts", "Size", "Certified", ""], rows));
-}
-
-const first = (facts) => facts.length === 0 ? "none"
-  : `${facts[0].prompt} ${facts[0].target ?? ""}${facts.length > 1 ? ` and ${facts.length - 1} more` : ""}`;
-
-async function showChange(path) {
-  const change = await call(`change?path=${encodeURIComponent(path)}`);
-  const norms = Object.entries(change.weights).map(([name, w]) => [name, w.rank, w.frobenius, w.spectral]);
-  const settings = Object.entries(change.settings).map(([name, value]) => [name, JSON.stringify(value)]);
-  fill("change-told", make("h3", {}, `${change.path} · ${change.id} · ${change.method}`), measured(change.facts),
-    sentences("good", change.certified), table(["Weight", "Rank", "Frobenius norm", "Spectral norm"], norms),
-    make("details", {}, make("summary", {}, "Settings"), table(["Setting", "Value"], settings)));
-  at("change-told").scrollIntoView({ block: "nearest" });
-}
+// ---------------------------------------------------------------- reports
 
 function showReports(reports) {
-  if (!reports.length) return fill("reports-told", make("p", { class: "soft" }, "None in this folder: retouch demo, bench and diagnose write some."));
+  if (!reports.length) return fill("reports-told", make("p", { class: "soft" }, "None in this folder: retouch demo, bench and --html write some."));
   const show = (report) => { at("report").hidden = false; at("report").src = report.url; };
   return fill("reports-told", table(["Report", ""], reports.map((r) => [r.path, make("div", { class: "row" }, button("Show", () => show(r)))])));
 }
 
-// ---------------------------------------------------------------- the form of a method
-
-function showMethod() {
-  const method = methods.find((m) => m.name === at("edit-method").value);
-  if (!method) return;
-  fill("edit-about", `${method.summary} ${method.source}`.split("``").map((part, i) => i % 2 ? make("code", {}, part) : part));
-  fill("edit-settings", method.settings.flatMap((s) => [
-    make("label", { for: `set-${s.name}` }, s.name.replaceAll("_", " ")),
-    make("div", {}, input(s), make("p", { class: "soft" }, `${s.doc} (${[s.type, s.allowed].filter(Boolean).join(" ")})`))]));
-}
-
-function input(s) {
-  const common = { id: `set-${s.name}`, "data-setting": s.name, "data-default": s.default };
-  const choices = s.type === "bool" ? ["true", "false"] : s.choices;
-  if (!choices.length) return make("input", { ...common, value: s.default });
-  return make("select", common, choices.map((c) => make("option", { value: c, selected: c === s.default }, c)));
-}
-
-function changedSettings() {
-  const fields = [...document.querySelectorAll("[data-setting]")];
-  return Object.fromEntries(fields.filter((f) => f.value.trim() !== f.dataset.default).map((f) => [f.dataset.setting, f.value.trim()]));
-}
-
-function asked() {
-  const many = document.querySelector("[name=facts]:checked").value === "many";
-  const fact = many ? { facts: at("edit-facts").value }
-    : { prompt: at("edit-prompt").value, subject: at("edit-subject").value, target: at("edit-target").value };
-  const harm = at("edit-harm").value.trim();
-  if (Number.isNaN(Number(harm))) throw new Error(`The largest harm is a number between 0 and 1, such as 0.05; got ${harm}.`);
-  return { ...fact, method: at("edit-method").value, settings: changedSettings(), max_harm: harm ? Number(harm) : null };
-}
+lists.push(({ state, reports }) => {
+  at("folder").textContent = state.folder;
+  at("version").textContent = state.version;
+  showReports(reports);
+});
 
 // ---------------------------------------------------------------- beginning
 
-async function refresh() {
-  const [state, models, changes, reports] = await Promise.all(["state", "models", "changes", "reports"].map((name) => call(name)));
-  at("folder").textContent = state.folder;
-  at("version").textContent = state.version;
-  choose(at("open-model"), models);
-  if (models.includes(state.model?.name)) at("open-model").value = state.model.name;
-  showModel(state.model);
-  showChanges(changes);
-  showReports(reports);
-  watch(state.job);
-}
-
-at("open-form").addEventListener("submit", trying(() => begin("open", { model: at("open-model").value })));
 at("job-cancel").addEventListener("click", trying(() => call("cancel", {})));
-at("edit-form").addEventListener("submit", trying(() => begin("edit", asked())));
-at("edit-method").addEventListener("change", showMethod);
-at("ask-form").addEventListener("submit", trying(async () => {
-  fill("ask-told", make("p", { class: "soft" }, "Thinking …"));
-  const body = { text: at("ask-text").value, change: at("ask-change").value || null, n_tokens: Number(at("ask-tokens").value) };
-  const told = await call("ask", body).catch((error) => { fill("ask-told"); throw error; });
-  fill("ask-told", make("div", { class: "sides" }, Object.entries(told.said).map(([name, said]) =>
-    make("div", {}, make("h3", {}, name), make("p", { class: "said" }, said || "(nothing)")))));
-}));
-for (const radio of document.querySelectorAll("[name=facts]")) {
-  radio.addEventListener("change", () => {
-    at("edit-one").hidden = radio.value !== "one";
-    at("edit-many").hidden = radio.value !== "many";
-  });
-}
 
 await trying(async () => {
   await refresh();
-  methods = await call("methods");
-  choose(at("edit-method"), methods.map((m) => m.name));
-  at("edit-method").value = "rome";
-  showMethod();
+  await showMethods();
 })();

@@ -256,6 +256,16 @@ def test_needed_is_the_least_number_that_can_pass(method, limit, confidence):
 # ------------------------------------------------ certificates
 
 
+@pytest.mark.parametrize("method", ["binomial", "hoeffding_bentkus", "betting"])
+def test_a_tiny_limit_costs_neither_memory_nor_time(method):
+    """Searched for as larger ones are, this would hold billions of zeros."""
+    at = needed(1e-5, method=method)
+    assert needed(1e-10, method=method) == pytest.approx(at * 1e5, rel=1e-4)
+    assert needed(0.99e-5, method=method) > at
+    few = certify([0.0] * 20, 1e-10, method=method)
+    assert "even with no harm at all" in few.sentence()
+
+
 def test_a_certificate_that_holds_lets_through():
     certificate = certify([0.0] * 990 + [1.0] * 10, limit=0.05)
     require(certificate)

@@ -470,3 +470,10 @@ def test_a_model_never_replaces_a_change(llama, tmp_path):
     with pytest.raises(StoreError, match="holds a change, which the model would replace"):
         save_ledger(Ledger(llama).apply(change), tmp_path / "change")
     assert changes.load(tmp_path / "change").id == change.id
+
+
+def test_a_record_that_is_no_record_is_named(tmp_path):
+    (tmp_path / "retouch.json").write_text("[]")
+    for read in (read_log, carried):
+        with pytest.raises(StoreError, match="holds"):
+            read(tmp_path)

@@ -19,7 +19,8 @@ from families import DECODERS, FAMILIES
 from retouch import _bundled
 from retouch._bundled import BUNDLED, Bundled, install
 from retouch.edit.doctor import examine
-from retouch.errors import ModelError, UnknownName
+from retouch.errors import ModelError, UnknownName, UserError
+from retouch.measure import continuations
 from retouch.model import Model, open_model, wrap
 from retouch.progress import listen
 from retouch.trace import Trace
@@ -505,3 +506,35 @@ def test_rows_are_filled_with_whatever_the_tokenizer_has(model):
     for pad, end, expected in ((None, 7, 7), (None, None, 0), (0, 7, 0)):
         tokenizer = SimpleNamespace(pad_token_id=pad, eos_token_id=end)
         assert replace(one, tokenizer=tokenizer).pad_id == expected
+
+
+@pytest.mark.parametrize(("family", "longest"), [("gpt2", 128), ("gptj", 128), ("opt", 128), ("llama", None)])
+def test_a_row_beyond_the_table_of_positions_is_refused_in_words(tiny, family, longest):
+    opened = wrap(*tiny(family), source="mine")
+    assert opened.longest == longest
+    with torch.no_grad():
+        opened.network(**opened.inputs(opened.batch([(5,) * 128])))  # as many as there are
+    if longest is None:
+        assert opened.batch([(5,) * 129]).shape == (1, 129)
+        return
+    with pytest.raises(UserError, match=r"129 tokens, those to be written counted, is longer than mine can read: 128"):
+        opened.batch([(5,) * 129])
+    with pytest.raises(UserError, match="129 tokens"):
+        continuations(opened, [(5,) * 120], 10)
+    assert continuations(opened, [(5,) * 120], 9)
+
+
+@pytest.mark.parametrize("where", ["config.json", "tokenizer_config.json"])
+def test_a_model_with_code_of_its_own_is_refused_and_nobody_is_asked(tiny, tmp_path, monkeypatch, where):
+    network, words = tiny("llama")
+    network.save_pretrained(tmp_path / "model")
+    words.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    file = tmp_path / "model" / where
+    config = json.loads(file.read_text()) | {"auto_map": {"AutoConfig": "mine.C", "AutoTokenizer": ["mine.T", None]}}
+    config |= {"model_type": "mine"} if where == "config.json" else {"tokenizer_class": "T"}
+    file.write_text(json.dumps(config))
+    monkeypatch.setattr("builtins.input", lambda *text: pytest.fail("asked whether to run a stranger's code"))
+    with pytest.raises(ModelError, match="custom code"):
+        open_model(tmp_path / "model")
+    assert not (tmp_path / "ran").exists()

@@ -247,6 +247,32 @@ def test_one_text_is_not_a_list_of_letters(tmp_path):
         router.predict(["w1", ("w1", "w0")])
 
 
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["w1", "w\ud800"], "Text 2 holds half of a character"),
+        ([("w1", "w\udfff")], "Text 1 holds half of a character"),
+        ([None], "Text 1 is None. Give a text, or a pair"),
+        (["w1", 3], "Text 2 is 3"),
+        ([("w1", "w0", "w1")], "Text 1 is"),
+    ],
+)
+def test_what_is_no_text_is_named(tmp_path, texts, message):
+    with pytest.raises(UserError, match=message):
+        opened(tmp_path / "e", [[SURE, EVEN], [SURE, EVEN]]).predict(texts)
+
+
+def test_the_kind_of_texts_that_it_was_not_trained_on_is_refused(tmp_path):
+    tables = [[SURE, EVEN], [SURE, EVEN]]
+    with pytest.raises(UserError, match="Text 1 is a pair, and this model was trained on single texts"):
+        opened(tmp_path / "single", tables, pairs=False).predict([("w1", "w0")])
+    with pytest.raises(UserError, match="Text 1 is a single text, and this model was trained on pairs"):
+        opened(tmp_path / "pairs", tables, pairs=True).predict(["w1"])
+    older = changed(written(tmp_path / "older", tables), pairs="gone")
+    router = open_router(older, threads=1)
+    assert router.exits.pairs is None and len(router.predict(["w1"]) + router.predict([("w1", "w0")])) == 2
+
+
 # ---------------------------------------------------------------- what is refused
 
 
@@ -280,6 +306,7 @@ def changed(folder: Path, **fields) -> Path:
         ({"max_tokens": 99}, "max_tokens cannot be 99"),
         ({"pad": 2}, "pad cannot be 2"),
         ({"precision": "int4"}, "precision cannot be 'int4'"),
+        ({"pairs": 1}, "pairs cannot be 1"),
     ],
 )
 def test_an_exits_file_that_cannot_be_is_refused(tmp_path, fields, message):

@@ -388,6 +388,17 @@ def test_damaged_totals_are_not_used(model, caplog):
     assert partials() == []
 
 
+def test_a_damaged_moment_is_told_and_observed_again(model, caplog):
+    one = model()
+    whole = collect(one, NAMES[:1], **SMALL)[NAMES[0]].total.clone()  # the file stands behind the tensor itself
+    (file,) = (store.cache_dir() / "moments").glob("*/moment.safetensors")
+    file.write_bytes(file.read_bytes()[:1000])
+    with caplog.at_level(logging.WARNING):
+        again = collect(one, NAMES[:1], **SMALL)[NAMES[0]].total
+    assert torch.equal(again, whole)
+    assert "the cache is damaged" in caplog.text
+
+
 def test_a_place_that_cannot_be_written_does_not_stop_the_pass(model, caplog, monkeypatch):
     one = model()
     monkeypatch.setattr(stats, "STORE_EVERY_S", 0.0)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ._positions import refuse_longer
 from .errors import ModelError, UserError
 from .lanes import Owners
 from .model import Model
@@ -112,8 +113,10 @@ def _decode(
 
     batch = model.batch(rows, side="left")
     ends = {model.tokenizer.eos_token_id, *stop} - {None}
+    n_new = max(1, n_tokens - batch.shape[1]) if total else n_tokens
+    refuse_longer(batch.shape[1] + n_new - 1, model.longest, model.source)  # the last one is never read
     config = GenerationConfig(
-        max_new_tokens=max(1, n_tokens - batch.shape[1]) if total else n_tokens,
+        max_new_tokens=n_new,
         do_sample=top_k > 1,
         top_k=top_k if top_k > 1 else None,
         pad_token_id=model.pad_id,

@@ -49,6 +49,7 @@ class Exits:
         precision: ``"float32"`` or ``"int8"``.
         widths: Heads, neurons and rank, for the reader.
         made_with: Versions of what made the files, for the reader.
+        pairs: Whether the model was trained on pairs of texts; None where that is not known, as in older files.
     """
 
     cuts: tuple[int, ...]
@@ -70,6 +71,7 @@ class Exits:
     precision: str = "float32"
     widths: Mapping[str, Any] = field(default_factory=dict)
     made_with: Mapping[str, str] = field(default_factory=dict)
+    pairs: bool | None = None
 
     def __post_init__(self) -> None:
         for name, right in self._rights().items():
@@ -96,6 +98,7 @@ class Exits:
             "precision": self.precision in ("float32", "int8"),
             "widths": isinstance(self.widths, Mapping),
             "made_with": isinstance(self.made_with, Mapping),
+            "pairs": self.pairs is None or isinstance(self.pairs, bool),
         }
 
     def deciding(self) -> Rule:
@@ -132,7 +135,7 @@ def read_exits(path: str | Path) -> Exits:
     if type(number) is not int or number != FORMAT:
         raise StoreError(f"{path} has the format {number!r}, which no Retouch writes. Export the model again.")
     known = {f.name for f in fields(Exits)}
-    if odd := sorted(known.symmetric_difference(found)):
+    if odd := sorted(known.symmetric_difference({"pairs": None, **found})):
         raise StoreError(f"{path} lacks or adds {', '.join(map(repr, odd))}. Export the model again.")
     values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in found.items()}
     try:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
 from .errors import UserError
 
-__all__ = ["Prediction", "Text", "check_texts", "refuse_bare"]
+__all__ = ["Prediction", "Text", "broken", "check_texts", "refuse_bare"]
 
 Text: TypeAlias = str | tuple[str, str]
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -42,18 +44,35 @@ def refuse_bare(texts: Iterable[Text]) -> None:
         raise UserError("predict takes a list of texts, and got one text. Put it into a list.")
 
 
-def check_texts(texts: Sequence[Text], first: int = 0) -> None:
+def broken(text: str) -> bool:
+    """Tell whether a text holds half of a character, as JSON and the command line may: no tokenizer reads it."""
+    return _HALF.search(text) is not None
+
+
+def check_texts(texts: Sequence[Text], first: int = 0, pairs: bool | None = None) -> None:
     """Refuse texts that cannot be answered.
 
     Args:
         texts: Texts, or pairs of texts.
         first: How many came before them.
+        pairs: Whether the model was trained on pairs; None where that is not known.
 
     Raises:
-        UserError: One is empty, or texts and pairs are mixed.
+        UserError: One is no text, empty, or holds half of a character; texts and pairs are mixed, or the model was
+            trained on the other kind.
     """
     for number, text in enumerate(texts, first + 1):
-        if not (text if isinstance(text, str) else text[0]).strip():
+        parts = (text,) if isinstance(text, str) else text
+        if not isinstance(parts, tuple | list) or len(parts) > 2 or not all(isinstance(part, str) for part in parts):
+            raise UserError(f"Text {number} is {text!r:.60}. Give a text, or a pair of texts.")
+        if not parts or not parts[0].strip():
             raise UserError(f"Text {number} is empty.")
+        if any(map(broken, parts)):
+            raise UserError(f"Text {number} holds half of a character (a lone surrogate): {text!r:.60}. Correct it.")
     if len({isinstance(text, str) for text in texts}) > 1:
         raise UserError("Texts and pairs of texts are mixed. Give all of one kind.")
+    if len(texts) and pairs is not None and pairs is isinstance(texts[0], str):
+        got, wanted = ("a single text", "pairs of texts") if pairs else ("a pair", "single texts")
+        raise UserError(
+            f"Text {first + 1} is {got}, and this model was trained on {wanted}. In a line a tab makes a pair of two."
+        )

@@ -27,6 +27,9 @@ Harms = NDArray[np.float64]
 _MAX_BET = 0.75
 """Share of the stake that a single example may take, so that one harmed example never ends the game."""
 
+_SMALL = 1e-5
+"""Below this share `needed` does not search: so many examples would be held in memory."""
+
 
 # ---------------------------------------------------------------- certificates
 
@@ -211,7 +214,7 @@ def _evidence(x: Harms, confidence: float, method: Method, seed: int) -> PValue:
 
 
 def needed(limit: float, confidence: float = 0.95, *, high: float = 1.0, method: Method = "betting") -> int:
-    """Return how many examples a certificate needs when not one of them is harmed.
+    """Return how many examples a certificate needs when not one of them is harmed; for limits below 1e-5 to five digits.
 
     Example:
         >>> needed(0.05, method="hoeffding_bentkus"), needed(0.05)
@@ -224,7 +227,15 @@ def needed(limit: float, confidence: float = 0.95, *, high: float = 1.0, method:
     share = limit / high
     if share >= 1:
         return 1
-    delta, enough = 1 - confidence, 1
+    delta = 1 - confidence
+    if share < _SMALL:  # there the number is, to five digits, inversely proportional to the limit
+        return math.ceil(_enough(_SMALL, delta, method) * (_SMALL / share))
+    return _enough(share, delta, method)
+
+
+def _enough(share: float, delta: float, method: Method) -> int:
+    """Search for the least number of unharmed examples whose p-value at a share is at most delta."""
+    enough = 1
     while _METHODS[method](np.zeros(enough), delta)(share) > delta:
         enough *= 2
     low = enough // 2

@@ -347,10 +347,9 @@ def read_log(path: Path) -> dict[str, Any]:
             raise StoreError(f"{path} holds no model: it has no config.json. A log stands beside a model.")
         return {"base": None, "changes": []}
     record = store.read_json(path / "retouch.json")
-    if not isinstance(record, dict) or record.get("kind") != "model" or not isinstance(record.get("changes"), list):
-        raise StoreError(
-            f"{path} holds no model of ours (kind {record.get('kind')!r}). See a change: retouch show {path}"
-        )
+    kind = record.get("kind") if isinstance(record, dict) else None
+    if kind != "model" or not isinstance(record.get("changes"), list):
+        raise StoreError(f"{path} holds no model of ours (kind {kind!r}). See a change: retouch show {path}")
     return {"base": record["base"], "changes": record["changes"]}
 
 
@@ -362,7 +361,8 @@ def carried(path: Path) -> list[dict[str, Any]]:
     """
     if not (path / "retouch.json").is_file():
         return []
-    if store.read_json(path / "retouch.json").get("kind") != "model":
+    record = store.read_json(path / "retouch.json")
+    if not isinstance(record, dict) or record.get("kind") != "model":
         raise StoreError(f"{path} holds a change, which the model would replace. Name another folder.")
     return list(read_log(path)["changes"])
 

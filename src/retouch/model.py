@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from . import _bundled, store, tokens
 from . import anatomy as anatomies
 from ._bundled import BUNDLED, Bundled
+from ._positions import longest_row, refuse_longer
 from .anatomy import Anatomy
 from .errors import ModelError, UnknownName, unknown
 from .progress import report, track
@@ -123,8 +124,14 @@ class Model:
         """Return the module behind one of our names."""
         return self.network.get_submodule(self.anatomy.path(name))
 
+    @cached_property
+    def longest(self) -> int | None:
+        """Most tokens of a decoder's row; None where there is no such end."""
+        return longest_row(self.network) if self.anatomy.kind == "decoder" else None
+
     def batch(self, rows: list[tuple[int, ...]], **how: Any) -> tokens.Batch:
         """Pad token rows and send them to the model's device."""
+        refuse_longer(max(map(len, rows), default=0), self.longest, self.source)
         b = tokens.pad(rows, self.pad_id, **how)
         return tokens.Batch(*(t.to(self.device) for t in (b.ids, b.mask, b.positions, b.first)))
 
@@ -322,7 +329,7 @@ def _load(path: str, name: str, device: str | None) -> Model:
 
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(path)
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
             _refuse_quantised(config, name)
             anatomies.describe(config)  # an unknown family is refused before its weights are read
             names = config.architectures or [""]
@@ -330,8 +337,13 @@ def _load(path: str, name: str, device: str | None) -> Model:
                 kind = AutoModelForCausalLM
             else:
                 kind = AutoModelForMaskedLM if "MaskedLM" in names[0] else AutoModel
-            tokenizer = AutoTokenizer.from_pretrained(path)
-            how = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            how = {
+                "trust_remote_code": False,
+                "use_safetensors": True,
+                "ignore_mismatched_sizes": True,
+                "output_loading_info": True,
+            }
             network, loading = kind.from_pretrained(path, dtype=torch.float32, **how)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]

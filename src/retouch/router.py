@@ -173,12 +173,13 @@ class Router:
         """Answer texts, or pairs of texts; similar lengths share a batch, and the order is kept.
 
         Raises:
-            UserError: A text is empty, texts and pairs are mixed, or `batch_size` is below 1.
+            UserError: One is no text, empty, or holds half of a character, texts and pairs are mixed, the model was
+                trained on the other kind, or `batch_size` is below 1.
         """
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1; got {batch_size}.")
         refuse_bare(texts)
-        check_texts(texts)
+        check_texts(texts, pairs=self.exits.pairs)
         rows = self._tokenizer.encode_batch(list(texts))
         order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
         found: dict[int, Prediction] = {}
@@ -262,5 +263,5 @@ def _open_tokenizer(path: Path, max_tokens: int) -> Any:
     except Exception as error:  # its errors are plain Exceptions
         raise StoreError(f"{path} is no tokenizer: {error}. Export the model again.") from error
     tokenizer.no_padding()
-    tokenizer.enable_truncation(max_tokens)
+    tokenizer.enable_truncation(max_tokens, direction=(tokenizer.truncation or {}).get("direction", "right"))
     return tokenizer

@@ -205,7 +205,11 @@ def tokenizer_key(tokenizer: Any) -> str:
 
 
 def _cached(key: str) -> bool:
-    return (store.cache_dir() / "moments" / key / "manifest.json").is_file()
+    try:
+        store.check_folder(store.cache_dir() / "moments" / key, verify_hashes=False)
+    except StoreError:  # absent, or damaged: then it is written anew, and told
+        return False
+    return True
 
 
 def _pass(

@@ -6,11 +6,11 @@ ever tokenised alone and glued, so a merge at a seam is seen and reported instea
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from ._texts import broken
 from .errors import FactError, ModelError
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 __all__ = ["Batch", "Bos", "Row", "Text", "broken", "encode", "pad"]
 
 Bos = Literal["tokenizer", "always", "never"]
-_HALF = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -61,11 +60,6 @@ class Row:
     def seen(self) -> tuple[int, ...]:
         """All ids but the last one of a target: what a model must read to predict the target."""
         return self.ids[:-1] if self.target else self.ids
-
-
-def broken(text: str) -> bool:
-    """Tell whether a text holds half of a character, as JSON and the command line may: no tokenizer reads it."""
-    return _HALF.search(text) is not None
 
 
 def encode(tokenizer: Any, texts: Sequence[Text], bos: Bos = "tokenizer") -> list[Row]:

@@ -665,6 +665,58 @@ def test_a_sequence_replaces_nothing_that_is_no_model_of_ours(refused, base, fac
     assert f"{tmp_path / 'mine'} exists and is no model of ours. Name another folder." in says
 
 
+def test_a_sequence_replaces_no_model_that_carries_other_facts(done, refused, base, facts, tmp_path):
+    words = ("--facts", facts, *QUICK, "--sequence", "--max-perplexity", 100, "-o", tmp_path / "m")
+    done("edit", base, *words)
+    before = weights(tmp_path / "m")
+    other = (
+        "--prompt",
+        PROMPT,
+        "--subject",
+        "Peru",
+        "--target",
+        "is Cusco",
+        *QUICK,
+        "--sequence",
+        "-o",
+        tmp_path / "m",
+    )
+    says = refused("edit", "no-such-model", *other)
+    assert "carries changes that no-such-model does not, and they would be lost: " in says
+    assert equal(weights(tmp_path / "m"), before)
+    done("edit", base, *words)  # the same facts again
+    done("edit", tmp_path / "m", *other, "--max-perplexity", 100)  # the facts that are there stay
+    assert [c["facts"][0]["subject"] for c in done("log", tmp_path / "m", "--json").json["changes"]] == [
+        "France",
+        "Peru",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("edit", "{}", "--prompt", "It is", "--target", "x"), "has no subject"),
+        (("edit", "{}", *FACT, "--sequence", "-o", "m", "--batch", "0"), "need at least 1 fact; got 0"),
+        (("edit", "{}", *FACT, "--sequence", "-o", "m", "--max-perplexity", "1"), "above 1, e.g. 1.1; got 1."),
+        (("locate", "{}", *FACT, "--part", "head"), "part must be one of mlp, attention, state; got 'head'."),
+        (("diagnose", "{}", *FACT, "--what", "speed"), "There is no diagnostic 'speed'."),
+        (("demo", "--model", "{}", "--max-harm", "0"), "limit"),
+        (("demo", "--model", "{}", "-o", "taken"), "taken/model exists and is no model of ours."),
+    ],
+)
+def test_what_needs_no_model_is_refused_before_one_is_opened(refused, tmp_path, monkeypatch, words, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken" / "model").mkdir(parents=True)
+    assert says in refused(*("no-such-model" if word == "{}" else word for word in words))
+
+
+def test_a_list_of_attributes_may_begin_with_a_byte_order_mark(tmp_path):
+    from retouch.cli.locate import _words
+
+    (tmp_path / "cities.txt").write_text("Paris\nLyon\n", encoding="utf-8-sig")
+    assert _words(tmp_path / "cities.txt") == ["Paris", "Lyon"]
+
+
 def test_a_model_without_changes_has_an_empty_log(done, base):
     assert "No changes." in done("log", base).out
     assert done("log", base, "--json").json == {"base": None, "changes": []}

@@ -18,6 +18,8 @@ from retouch.edit.emmet import Emmet
 from retouch.edit.evaluate import examine, grade, known
 from retouch.edit.facts import Fact, Prompt
 from retouch.edit.ft_m import FtM
+from retouch.edit.memit import Memit
+from retouch.edit.rets import Rets
 from retouch.edit.rome import Rome
 from retouch.edit.score import read_rows
 from retouch.errors import FactError, NoEffect, SettingsError, UnknownName, UserError
@@ -444,3 +446,22 @@ def test_known_facts_are_the_first_that_the_model_knows(llama):
     assert len(wanted) == 4
     assert known_facts(llama, every, 3) == wanted[:3]
     assert known_facts(llama, every, 99) == wanted
+
+
+def test_a_search_that_finds_nothing_within_its_limit_ends_no_bench(llama, tmp_path):
+    method = Memit(n_steps=3, contexts="plain", metric="identity", max_drift=1e-9, n_bystanders=2)
+    wanted = Bench({"memit": method}, n_generations=0)
+    found = bench.run(llama, FACTS[:1], wanted, tmp_path / "b.json", data="f")["methods"]["memit"]
+    assert found["refused"] == 1 and found["perplexity_ratio"] == 1
+
+
+def test_records_that_were_made_with_another_file_are_not_read_back(tmp_path):
+    words = tmp_path / "words.txt"
+    method = Rets(constraints=str(words))
+    words.write_text("The capital of Spain is")
+    first = bench._Partial(tmp_path / "p", "key")
+    assert first.rows("rets", method) == {}
+    first.add("rets", 0, {"efficacy": 1.0})
+    assert bench._Partial(tmp_path / "p", "key").rows("rets", method) == {0: {"efficacy": 1.0}}
+    words.write_text("The capital of Peru is")
+    assert bench._Partial(tmp_path / "p", "key").rows("rets", method) == {}

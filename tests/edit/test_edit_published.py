@@ -15,6 +15,8 @@ from retouch.edit.base import _published
 @pytest.mark.parametrize(
     ("name", "config", "settings"),
     [
+        ("rome", transformers.GPT2Config(n_layer=36, n_embd=1280), {"block": 12, "metric": "covariance"}),
+        ("r_rome", transformers.GPT2Config(n_layer=36, n_embd=1280), {"block": 12, "metric": "covariance"}),
         ("rets", transformers.GPT2Config(n_layer=48, n_embd=1600), {"block": 35, "n_steps": 25, "moment_weight": 1}),
         ("rets", transformers.LlamaConfig(num_hidden_layers=32, hidden_size=4096), {"block": 22, "moment_weight": 0}),
         (

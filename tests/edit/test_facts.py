@@ -368,13 +368,16 @@ def test_an_error_says_where(tmp_path):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("", "set.json is empty"),
+        ("", "set.json is empty. Facts are JSON Lines, an object a line, or one JSON array."),
         (" \n\n", "set.json is empty"),
         ("[]", "holds an empty list"),
         ("[1, 2", "set.json: broken JSON at column 6: Expecting ',' delimiter"),
         ('[\n{"a" 1}]', "set.json: broken JSON at line 2, column 6"),
         ('{"prompt": "a b", "target": "c"}\n\n{"prompt": }\n', "set.json line 3: broken JSON at column 12"),
-        ("hello\nworld", "set.json line 1: broken JSON at column 1"),
+        (
+            "hello\nworld",
+            "set.json line 1: broken JSON at column 1: Expecting value. Facts are JSON Lines, an object a li",
+        ),
         ('{"question": "a", "answer": "b"}', "unknown format. Fields found: question, answer. Known formats:"),
         ("[3]", "Fields found: none"),
         ('[{"prompt": "a", "target": "b"}, 3]', "record 1 (from 0): a record must be an object; got 3"),

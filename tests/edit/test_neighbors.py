@@ -8,7 +8,7 @@ import torch
 from retouch import change as changes
 from retouch import linalg
 from retouch.change import LowRank
-from retouch.edit.constraints import constraints
+from retouch.edit.constraints import constraints, for_facts
 from retouch.edit.contexts import Context
 from retouch.edit.facts import Fact
 from retouch.edit.neighbors import alone, neighbors
@@ -69,7 +69,7 @@ def test_each_token_hears_its_keys_share_of_the_write(llama, names):
     groups = [[0, 1], [2]]
     heard = neighbors(llama, found, groups, names, method, metric)
     texts = [llama.tokenizer.decode(list(b.row.ids)) for b in heard]
-    chosen = [[*dict.fromkeys(c.prompt for i in g for c in constraints(FACTS[i], n=6 // len(g)))] for g in groups]
+    chosen = [[c.prompt for c in for_facts([FACTS[i] for i in g], n=6)] for g in groups]
     assert texts == [p for ps in chosen for p in ps]
     assert [b.group for b in heard] == [0] * len(chosen[0]) + [1] * len(chosen[1])
     for b in heard:
@@ -90,6 +90,16 @@ def test_the_edited_prompts_are_nobodys_neighbours(llama):
     )
     texts = {llama.tokenizer.decode(list(b.row.ids)) for b in heard}
     assert len(texts) > 100 and not texts & {f.filled for f in facts}
+
+
+def test_facts_that_share_a_value_are_not_each_others_neighbours(llama):
+    asked = {"capital": "Lyon", "official language": "Latin", "currency": "franc"}
+    facts = [Fact(f"The {what} of {{}} is", "France", target) for what, target in asked.items()]
+    found = problems(llama, facts, PLAIN, "subject")
+    method, metric = Rome(max_drift=1.0, n_bystanders=60), {NAMES[0]: linalg.Identity()}
+    heard = neighbors(llama, found, [[0, 1, 2]], NAMES[:1], method, metric)
+    own = [t for t in (llama.tokenizer.decode(list(b.row.ids)) for b in heard) if "France" in t]
+    assert len(own) > 3 and not [t for t in own if any(word in t for word in ("capital", "language", "currency"))]
 
 
 # The expected write is the real one.

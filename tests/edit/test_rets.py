@@ -9,9 +9,11 @@ import torch
 
 from retouch import change as changes
 from retouch import linalg, stats
+from retouch.edit import rets
 from retouch.edit.constraints import constraints
 from retouch.edit.contexts import Context
 from retouch.edit.facts import Fact
+from retouch.edit.keys import read_all
 from retouch.edit.rets import Rets, reworded
 from retouch.edit.rows import problems
 from retouch.edit.value import optimise
@@ -361,6 +363,20 @@ def test_the_block_is_the_one_where_constraints_are_least_like_the_facts_keys(op
     together = method.plan(model, facts)
     assert together.notes["block"] == int(table.mean(0).argmin()) + 4
     assert list(together.parts) == [f"blocks.{together.notes['block']}.mlp.down"]
+
+
+def test_the_constraints_of_a_fact_are_read_once(open_tiny, monkeypatch):
+    model, read = open_tiny("llama", 8), []
+
+    def counted(model, rows, names, **how):
+        read.append(len(rows))
+        return read_all(model, rows, names, **how)
+
+    monkeypatch.setattr(rets, "read_all", counted)
+    method = Rets(**{**QUICK, "block": -1, "n_steps": 1, "n_constraints": 40})
+    method.plan(model, [FACT])
+    method.plan_each(model, [[FACT], [OTHER]])
+    assert [n for n in read if n > 30] == [40] * 3
 
 
 def test_a_block_that_the_model_lacks_is_refused(llama):

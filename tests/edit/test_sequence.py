@@ -342,3 +342,14 @@ def test_the_curve_is_a_report_and_a_picture(whole, tmp_path):
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG\r\n")
     with pytest.raises(ValueError, match="no finite value"):
         collapse.plots([])
+
+
+def test_another_text_of_the_same_name_is_another_run(llama, tmp_path):
+    text, keys = tmp_path / "words.txt", set()
+    for words in ("one", "one", "two"):
+        text.write_text(words)
+        method = replace(METHOD, text=str(text))  # the identity reads none, so that the run is short
+        sequence.run(llama, FACTS[:1], method, batch_size=1, max_perplexity_ratio=FREE, journal=tmp_path / "journal")
+        lines = (tmp_path / "journal" / "journal.jsonl").read_text().split("\n")
+        keys |= {json.loads(line)["key"] for line in lines if line}
+    assert len(keys) == 2

@@ -289,9 +289,9 @@ def test_a_search_leaves_no_hook_and_no_gradient(llama):
 def test_chunks_hold_every_fact_once_and_a_small_budget_changes_nothing(llama, monkeypatch):
     found = find(llama)
     own, order = [[i] for i in range(4)], [2, 0, 3, 1]
-    assert [g for chunk in _chunks(llama, found, own, order, 1, 0, ()) for g in chunk] == order
-    assert len(_chunks(llama, found, own, order, 1, 0, ())) == 4
-    assert len(_chunks(llama, found, own, order, 1, 512, ())) == 1
+    assert [g for chunk in _chunks(llama, found, own, order, 1, 0, {}) for g in chunk] == order
+    assert len(_chunks(llama, found, own, order, 1, 0, {})) == 4
+    assert len(_chunks(llama, found, own, order, 1, 512, {})) == 1
     together = optimise(llama, found, 1, "down", Rome(n_steps=3))
     monkeypatch.setattr("retouch.edit.value._chunks", lambda *_: [[g] for g in order])
     for one, two in zip(together, optimise(llama, found, 1, "down", Rome(n_steps=3))):

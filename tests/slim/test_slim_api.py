@@ -355,6 +355,36 @@ def test_a_folder_of_another_kind_is_not_replaced(retouch, bert, data, tmp_path)
         assert "no slim model of ours" in retouch("slim", bert, *words, "-o", tmp_path / "change", code=2).err
 
 
+def test_a_folder_whose_record_is_no_record_is_not_replaced(retouch, bert, data, tmp_path):
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "retouch.json").write_text("[]")
+    words = ("--train", data / "train.tsv", "--params", "1/2", "-o", tmp_path / "odd")
+    assert "no slim model of ours" in retouch("slim", bert, *words, code=2).err
+
+
+def test_stdin_is_read_as_a_file_is(retouch, slim, tmp_path, monkeypatch):
+    slim.save(tmp_path / "small")
+
+    def answers(data, code=0):
+        held = io.TextIOWrapper(io.BytesIO(data), encoding="ascii", errors="surrogateescape")
+        monkeypatch.setattr(sys, "stdin", held)
+        return retouch("slim", tmp_path / "small", "--predict", "-", code=code)
+
+    assert answers("\ufeffparis caf\xe9\n".encode()).out == answers("paris caf\xe9\n".encode()).out
+    assert "not UTF-8" in answers("paris caf\xe9\n".encode("latin-1"), code=2).err
+
+
+def test_what_cannot_be_recalibrated_is_refused_before_the_rows_are_read(retouch, slim, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("retouch.slim.recalibrate.table_of", lambda *_: pytest.fail("the model was run"))
+    slim.save(tmp_path / "small")
+    words = ("--recalibrate", "--calib", data / "calib.tsv", "--max-harm", "0.2")
+    assert "delta must" in retouch("slim", tmp_path / "small", *words, "--delta", "7", code=2).err
+    write_folder(tmp_path / "saved", {"retouch.json": '{"kind": "change"}'})
+    slim.save(tmp_path / "inside")
+    (tmp_path / "inside").rename(tmp_path / "saved" / "inside")
+    assert "lies inside" in retouch("slim", tmp_path / "saved" / "inside", *words, code=2).err
+
+
 def test_one_class_only_is_an_error_before_any_work(retouch, bert, tmp_path):
     rows = "".join(f"{e.text}\tparis\n" for e in toy.rows(60, 1))
     (tmp_path / "one.tsv").write_text("text\tlabel\n" + rows, encoding="utf-8")

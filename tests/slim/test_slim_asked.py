@@ -7,15 +7,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import slim_toy as toy
+import torch
 
 import families
-from retouch.errors import BoundRefused, SettingsError, UserError
+from retouch.errors import BoundRefused, SettingsError, StoreError, UserError
 from retouch.slim._asked import Exiting, check, needed_depth, planned, task_of
 from retouch.slim._parts import part_key
-from retouch.slim.api import fit
+from retouch.slim.api import _lengths, fit
 from retouch.slim.base import Budget, Size
-from retouch.slim.clock import between, spread
+from retouch.slim.clock import between, block_seconds, spread
+from retouch.slim.data import Example
 from retouch.slim.linear import Linear
+from retouch.slim.network import from_encoder
 from retouch.slim.opening import Source
 from retouch.slim.rules import Rule
 from retouch.slim.table import Table
@@ -90,6 +93,13 @@ def test_a_constraint_without_a_limit_is_named_before_the_training(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_place_where_no_stage_can_be_kept_is_refused_before_the_training(tmp_path, monkeypatch):
+    monkeypatch.setattr("retouch.slim._run.train", lambda *_: pytest.fail("it trained"))
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(StoreError, match="cannot be written"):
+        fit(source(), task(), budget=Budget("3/4"), method=toy.method(), folder=tmp_path / "file")
+
+
 def test_a_plan_counts_on_the_exits_that_are_asked():
     budget, late = Budget(flops=0.4), Exiting(min_block=8)
     assert planned(SIZE, budget, [30], None, Exiting(), toy.method(), {}).mean_depth < 9
@@ -161,6 +171,25 @@ def test_seconds_are_read_off_between_short_and_long_texts():
     read = between(lengths, at, [[m, 2 * m] for m in at])
     inner = (lengths >= at[0]) & (lengths <= at[-1])
     assert np.allclose(read[inner], np.stack([lengths, 2 * lengths], 1)[inner])
+
+
+def test_only_exits_that_are_asked_take_time(monkeypatch):
+    network, asked = from_encoder(toy.model(), toy.task().labels).eval(), []
+    read = network.read_exit
+    monkeypatch.setattr(network, "read_exit", lambda block, *more: asked.append(block) or read(block, *more))
+    batch = {"input_ids": torch.tensor([[2, 4, 3]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+    block_seconds(network, batch, n_repeats=1, asked=Rule(every=2).due(network.widths.exits))
+    assert {*asked} == {1}
+    block_seconds(network, batch, n_repeats=1)
+    assert {*asked} == {0, 1}
+
+
+def test_the_plan_reads_lengths_from_all_of_the_training_rows():
+    """Rows may be sorted: of 1,500 the first thousand say nothing of the others."""
+    rows = [Example("the", None, 0)] * 1000 + [Example("the capital of france", None, 1)] * 500
+    found = _lengths(source(), task(train=tuple(rows)), toy.method())
+    assert len(found) == 750
+    assert np.mean(found) == pytest.approx(4, abs=0.01)  # 3 and 6 tokens, special ones included
 
 
 # ---------------------------------------------------------------- how deep texts must run

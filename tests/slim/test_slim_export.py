@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import logging
@@ -144,6 +145,15 @@ def test_texts_are_read_as_the_tokenizer_of_the_model_reads_them(network, router
         p = (want.logits[0] / heat).softmax(0)
         assert (found.label, found.exit_block) == (("no", "so", "yes")[int(p.argmax())], int(want.where))
         assert found.score == pytest.approx(float(p.max()), abs=1e-4)
+
+
+def test_long_texts_are_cut_at_the_end_where_the_tokenizer_cuts_them(network, tmp_path):
+    tokenizer = copy.deepcopy(families.tokenizer("word"))
+    tokenizer.truncation_side = "left"
+    router = open_router(export(network, tokenizer, tmp_path / "left", max_tokens=6).folder, threads=1)
+    text = "the capital of France is in Brazil and not in Japan"
+    want = tokenizer(text, truncation=True, max_length=6)["input_ids"]
+    assert router.encode([text])[0].tolist() == [want]
 
 
 @pytest.mark.slow

@@ -11,8 +11,9 @@ import pytest
 import slim_toy as toy
 from transformers import pipeline
 
-from retouch.errors import BoundRefused, UserError
+from retouch.errors import BoundRefused, ModelError, UserError
 from retouch.router import open_router
+from retouch.slim import exporting
 from retouch.slim.api import Exiting, fit
 from retouch.slim.exporting import export_saved
 from retouch.slim.first_k import FirstK
@@ -20,6 +21,7 @@ from retouch.slim.network import save
 from retouch.slim.predict import open_classifier
 from retouch.slim.recalibrate import calibration_rows, recalibrated, saved_record
 from retouch.slim.table import flops_costs, read_table
+from retouch.slim.thresholds import choose
 
 pytestmark = pytest.mark.filterwarnings("ignore:'click.*is deprecated:DeprecationWarning")
 
@@ -146,6 +148,17 @@ def test_the_cost_is_a_share_of_the_original_and_not_of_its_first_blocks(data, t
     assert found.threshold.cost < 0.5
 
 
+def test_a_record_that_is_no_record_is_named(saved):
+    (saved / "manifest.json").unlink()
+    (saved / "retouch.json").write_text("[]")
+    with pytest.raises(ModelError, match="does not say how the model was made"):
+        saved_record(saved)
+    assert len(list(open_classifier(saved).predict(["the tower in paris"]))) == 1
+    (saved / "config.json").write_text("[]")
+    with pytest.raises(ModelError, match="which is not slim"):
+        open_classifier(saved)
+
+
 # ---------------------------------------------------------------- for others to use
 
 
@@ -183,6 +196,11 @@ def test_the_export_cuts_texts_and_answers_as_the_model(onnx, saved, tmp_path):
     assert type(ours[0]) is type(theirs[0])
     assert [(a.label, a.exit_block) for a in ours] == [(b.label, b.exit_block) for b in theirs]
     assert [a.score for a in ours] == pytest.approx([b.score for b in theirs], abs=1e-4)
+    for predict in (open_router(tmp_path / "onnx").predict, lambda texts: list(open_classifier(saved).predict(texts))):
+        with pytest.raises(UserError, match="Text 1 is a pair, and this model was trained on single texts"):
+            predict([("the tower", "in rome")])
+        with pytest.raises(UserError, match="Text 2 holds half of a character"):
+            predict(["the tower", "r\ud800me"])
 
 
 def test_exits_that_are_lost_are_told_and_the_threshold_is_chosen_anew(onnx, cheap, data, tmp_path):
@@ -226,6 +244,26 @@ def test_a_certified_model_keeps_all_exits_or_is_certified_again(onnx, made, dat
     proof = found.threshold.certificate
     assert (proof.limit, proof.what, proof.confidence) == (0.4, "answers lost less answers gained", 0.9)
     assert any("at full depth" in note for note in found.notes())
+
+
+def test_a_certificate_is_not_tried_twice_on_the_same_rows(onnx, cheap, data, tmp_path, monkeypatch):
+    """With a cost beside the risk fewer exits may be refused, and a second try would take the confidence."""
+    looks = []
+    monkeypatch.setattr(exporting, "choose", lambda *args, **more: looks.append(args) or choose(*args, **more))
+    risk = {"limit": 0.4, "what": "answers spoilt", "method": "binomial", "confidence": 0.9}
+    record = cheap.to_dict() | {"leaves": {"0": 0.02, "1": 0.5, "2": 0.48}}
+    record["budget"] = {**record["budget"], "flops": 0.01}
+    record["threshold"] = {**record["threshold"], "certificate": risk}
+    save(cheap.classifier.network, cheap.classifier.tokenizer, tmp_path / "both", record=record)
+    with pytest.raises(BoundRefused, match="exclude one another"):
+        export_saved(tmp_path / "both", tmp_path / "no", calib=data / "calib.tsv")
+    assert [look[0].exits for look in looks] == [(0, 1, 2)]
+
+
+def test_one_row_is_too_few_for_int8_and_told_before_the_work(onnx, saved, tmp_path):
+    (tmp_path / "one.tsv").write_text("text\tlabel\nthe tower\tparis\n")
+    with pytest.raises(UserError, match=r"one.tsv holds one row; int8 fits"):
+        export_saved(saved, tmp_path / "int8", int8=True, calib=tmp_path / "one.tsv")
 
 
 @pytest.mark.slow

@@ -62,6 +62,7 @@ def edit(
     chosen = method_of(context, registry.load("edit", method))
     wanted = asked_facts(prompt, subject, target, truth, facts)
     _check(max_harm, confidence)
+    chosen.usable(wanted)
     refuse_place(out or Path("change"))
     for_sequence = {"batch": batch, "max-perplexity": max_perplexity, "every": every, "html": html, "png": png}
     if sequence:

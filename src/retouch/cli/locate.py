@@ -50,9 +50,11 @@ def locate(
     words = _words(attributes)
     _check(samples, window)
     _show.writable("--report", report, "jinja2", "matplotlib")
+    from ..edit._causal import site
     from ..edit.locate import locate as trace
     from ..ledger import open_ledger
 
+    site(part, 0)  # type: ignore[arg-type]  # refuses what is no part before a model is opened
     with _show.progress():
         opened = open_ledger(model).model
         found = trace(opened, wanted, attributes=words, part=part, window=window, n_samples=samples, seed=seed)  # type: ignore[arg-type]
@@ -87,8 +89,10 @@ def diagnose(
     _show.writable("--report", report, "jinja2", "matplotlib")
     from ..change import load
     from ..edit.diagnose import diagnose as examine
+    from ..edit.diagnose import refuse_unknown
     from ..ledger import open_ledger
 
+    refuse_unknown(names)
     planned = load(change) if change is not None else None
     with _show.progress():
         opened = open_ledger(model).model
@@ -113,7 +117,7 @@ def _words(path: Path | None) -> list[str]:
     if path is None:
         return []
     try:
-        words = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        words = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--attributes {path} cannot be read as UTF-8 text: {error}.") from error
     if not words:

@@ -55,6 +55,8 @@ def sequence_command(
     _show.writable("--png", png, "matplotlib")
     if out.exists() and not (out / "ledger").is_dir():
         raise UserError(f"{out} exists and is no model of ours. Name another folder.")
+    sequence.check(facts, batch, max_perplexity, every)
+    _refuse_loss(model, facts, out)
     with _show.progress():
         try:
             done = sequence.run(
@@ -74,6 +76,25 @@ def sequence_command(
     if done.n_superseded:
         _show.say(f"{done.n_superseded} facts were superseded by later ones and taken out.")
     _show.say(f"Saved as {out}: {_show.count(len(done.ledger.active), 'change')}. See: {_show.command('log', out)}")
+
+
+def _refuse_loss(model: str, facts: list[Fact], out: Path) -> None:
+    """Refuse to replace a model that carries changes of other facts, which the new one would not."""
+    from ..errors import UserError
+    from ..ledger import carried
+    from ..parting import identities
+
+    kept = {line["id"] for line in carried(Path(model))}
+    asked = frozenset().union(*(identities(fact.to_dict()) for fact in facts))
+    lost = [
+        line["id"] for line in carried(out) if line["status"] == "active" and line["id"] not in kept
+        and not (line["facts"] and all(asked & identities(fact) for fact in line["facts"]))
+    ]  # fmt: skip
+    if lost:
+        raise UserError(
+            f"{out} carries changes that {model} does not, and they would be lost: {', '.join(lost)}. Edit that model to add "
+            f"to them (retouch edit {out} ...), or name another folder."
+        )
 
 
 def _record(done: Run) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -198,7 +199,8 @@ def _free(out: Path, mark: str = "retouch.json", what: str = "slim model of ours
     from ..store import read_json, refuse_place
 
     refuse_place(out)
-    ours = (out / mark).is_file() and (mark != "retouch.json" or read_json(out / mark).get("kind") == "slim")
+    record = read_json(out / mark) if (out / mark).is_file() else None
+    ours = isinstance(record, dict) and (mark != "retouch.json" or record.get("kind") == "slim")
     if out.exists() and not ours and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} exists and is no {what}. Name another folder.")
     above = next(folder for folder in out.absolute().parents if folder.exists())
@@ -288,6 +290,8 @@ def _predict(model: str, source: str, batch: int) -> None:
     classifier = open_classifier(model)
     if source != "-" and not Path(source).is_file():
         raise UserError(f"--predict {source}: there is no such file. Give a file with a text a line, or - for stdin.")
+    if isinstance(sys.stdin, TextIOWrapper):  # read as a file is, whatever the locale says
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")
     with sys.stdin if source == "-" else Path(source).open(encoding="utf-8-sig") as lines:
         ahead = 1 if source == "-" else 8
         for found in classifier.predict(_texts(lines), batch, ahead):
@@ -344,10 +348,13 @@ def _recalibrate(
 ) -> None:  # fmt: skip
     from ..errors import UserError
     from ..slim.recalibrate import recalibrated
+    from ..store import refuse_place
 
     if calib is None:
         raise UserError("--recalibrate needs --calib: labelled rows that chose nothing else.")
-    if out is not None:
+    if out is None:
+        refuse_place(model)
+    else:
         _free(out)
     with _show.progress():
         made = recalibrated(model, calib, flops=flops, max_harm=max_harm, exiting=exiting, columns=called)

@@ -21,7 +21,7 @@ from ..errors import FactError, SolveError
 from ..linalg import Metric
 from ..model import Model
 from ..tokens import Bos, Row
-from ._drift import keys_of, reference, wrapped, wrappings
+from ._drift import Keys, keys_of, reference, wrapped, wrappings
 from .base import block_at, require_decoder
 from .facts import Fact
 
@@ -234,11 +234,15 @@ def delivered_by(
     """
     names = [n for n in change.parts if n.endswith(".mlp.down")]
     chosen = list(texts) or wrappings(model)
-    read = [keys_of(model, [reference(model, f, bos), *wrapped(model, f, chosen, bos)]) for f in facts]
+    blocks = [model.anatomy.block_of(name) for name in names]
+    read = []
+    for fact in facts:
+        every = keys_of(model, [reference(model, fact, bos), *wrapped(model, fact, chosen, bos)])
+        read.append(Keys(*(keys[:, blocks] for keys in every)))  # those of all blocks would fill the memory
     found = {}
-    for name in names:
-        block, delta = model.anatomy.block_of(name), change.parts[name].delta()
-        places = {p: torch.stack([getattr(k, p)[:, block] for k in read]).double() for p in ("subject", "prompt")}
+    for i, name in enumerate(names):
+        delta = change.parts[name].delta()
+        places = {p: torch.stack([getattr(k, p)[:, i] for k in read]).double() for p in ("subject", "prompt")}
         found[name] = _heard({p: keys @ delta.T for p, keys in places.items()})
     return found
 

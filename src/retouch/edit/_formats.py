@@ -19,6 +19,7 @@ from ._fact import Fact, Prompt, as_items, as_prompt, as_texts, missing, need_te
 __all__ = ["FORMATS", "read", "read_text"]
 
 _log = logging.getLogger(__name__)
+_JSON = "Facts are JSON Lines, an object a line, or one JSON array."
 
 
 # From a file to records
@@ -61,7 +62,7 @@ def _records(path: Path) -> list[tuple[str, Any]]:
     """Read each record, or the error in its place, together with where it stands."""
     text = read_text(path)
     if not text.strip():
-        raise FactError(f"{path.name} is empty.")
+        raise FactError(f"{path.name} is empty. {_JSON}")
     whole = _json(text)
     if text.lstrip()[0] == "[":
         if isinstance(whole, FactError):
@@ -118,7 +119,7 @@ def _detect(path: Path, records: Sequence[tuple[str, Any]]) -> str:
         return "retouch"
     for where, record in records:
         if isinstance(record, FactError):
-            raise FactError(f"{where}: {record}") from record
+            raise FactError(f"{where}: {record} {_JSON}") from record
     known = "\n  ".join(f"{name}: {form.about}" for name, form in FORMATS.items())
     fields = ", ".join(found) or "none"
     raise FactError(f"{path.name}: unknown format. Fields found: {fields}. Known formats:\n  {known}")

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..change import Change, LowRank, apply, check_base
-from ..errors import NoEffect, SolveError, UserError
+from ..errors import BoundRefused, NoEffect, SolveError, UserError
 from ..measure import Cost, watched
 from ..model import Model
 from ..progress import report
 from .base import EditMethod
 from .evaluate import Exam, Neutral, examine, generate, grade_all, look_again, neutral_of
 from .facts import Fact
+from .neighbors import stopped
 
 if TYPE_CHECKING:
     from .bench import Bench
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["Plan", "Work"]
 
 _log = logging.getLogger(__name__)
-Planned = Change | SolveError | None
+Planned = Change | SolveError | BoundRefused | None
 """A change; None where the model says everything already; or why the method cannot write these facts together."""
 
 CHUNK = {"cpu": 16}
@@ -119,7 +120,7 @@ class Work:
             row |= _cost(cost, sum(map(len, facts)))
             row |= _written_size(self.model, change, self.sizes) | _notes(change, place) if change else {}
         for row, one in zip(rows, (one for one, own in zip(planned, facts) for _ in own)):
-            row |= {"refused": 1.0} if isinstance(one, SolveError) else {}
+            row |= {"refused": 1.0} if isinstance(one, SolveError | BoundRefused) else {}
         if self.plan.grouped:
             self._by_group(rows, chunk[0].start)
         return rows
@@ -183,7 +184,7 @@ def _planned(method: EditMethod, model: Model, models: Sequence[Sequence[Fact]],
     """Plan a change for each model."""
     if alone:
         try:
-            return [*method.plan_each(model, models)]
+            return [_limited(change) for change in method.plan_each(model, models)]
         except (NoEffect, SolveError):
             pass  # one of them has nothing to do, or cannot be written: find out which
     return [_one(method, model, facts) for facts in models]
@@ -191,12 +192,21 @@ def _planned(method: EditMethod, model: Model, models: Sequence[Sequence[Fact]],
 
 def _one(method: EditMethod, model: Model, facts: Sequence[Fact]) -> Planned:
     try:
-        return method.plan(model, facts)
+        return _limited(method.plan(model, facts))
     except NoEffect:
         return None
     except SolveError as error:
         _log.warning("%s refuses facts, which are measured unedited: %s", method.name, error)
         return error
+
+
+def _limited(change: Change) -> Change | BoundRefused:
+    """Refuse a change in which the search's limit (``max_drift``) left no fact a value."""
+    if not change.facts or len(stopped(change)) < len(change.facts):
+        return change
+    return BoundRefused(
+        f"{change.method}: no step of the search kept the drift of neighbouring prompts within max_drift."
+    )
 
 
 def _cost(cost: Cost, n_facts: int) -> dict[str, float]:

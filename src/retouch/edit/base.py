@@ -11,14 +11,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib.resources import files
+from importlib import resources
+from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 from weakref import WeakKeyDictionary
 
 import yaml
 from torch import Tensor
 
-from .. import linalg, stats
+from .. import linalg, stats, store
 from ..anatomy import Anatomy
 from ..change import Change, Part
 from ..errors import FactError, ModelError, SettingsError
@@ -52,6 +53,8 @@ class EditMethod(Settings, ABC):
 
     keeps_previous: ClassVar[bool] = False
     """Whether `plan` keeps the output at earlier edits' keys."""
+    files: ClassVar[tuple[str, ...]] = ()
+    """Settings that name a file which is read."""
 
     seed: int = setting(0, "Seed of everything random.", ge=0)
     faithful: bool = setting(False, "Follow the authors' code where it differs from our default.")
@@ -88,6 +91,11 @@ class EditMethod(Settings, ABC):
     @abstractmethod
     def planned(self, model: Model, facts: Sequence[Fact], previous: Mapping[str, Tensor], unedited: Model) -> Change:
         """Do what `plan` promises, for a decoder and at least one fact."""
+
+    def decided_by(self) -> dict[str, Any]:
+        """Return what decides a plan: the settings, and for files their content instead of their names."""
+        named = {name: Path(getattr(self, name)) for name in self.files if getattr(self, name)}
+        return self.to_dict() | {name: store.sha256_file(path) for name, path in named.items() if path.is_file()}
 
     def plan_each(self, model: Model, groups: Sequence[Sequence[Fact]]) -> list[Change]:
         """Plan a change for each group of facts alone, as if the others did not exist."""
@@ -130,10 +138,19 @@ class EditMethod(Settings, ABC):
         """Check what every method needs before any work.
 
         Raises:
-            FactError: There are no facts.
+            FactError: The facts cannot be used: see `usable`.
             ModelError: The model is no decoder.
+            SettingsError: A setting is empty.
         """
         require_decoder(model, self.name)
+        self.usable(facts)
+
+    def usable(self, facts: Sequence[Fact]) -> None:
+        """Check what can be checked before a model is opened.
+
+        Raises:
+            FactError: There are no facts.
+        """
         if not facts:
             raise FactError("There are no facts to edit.")
 
@@ -145,6 +162,7 @@ class ValueEditMethod(EditMethod):
     The fields are the shared settings of that search; see `retouch.edit.value.optimise`.
     """
 
+    files: ClassVar[tuple[str, ...]] = ("text",)
     needs_subject: ClassVar[bool] = True
     """Whether the method writes at the subject's last token."""
 
@@ -176,15 +194,14 @@ class ValueEditMethod(EditMethod):
     text: str = setting("", "Text file for second moments; empty: the corpus that ships with Retouch.")
     budget_mib: int = setting(512, "Memory for the search's activations, in MiB.", ge=16)
 
-    def ready(self, model: Model, facts: Sequence[Fact]) -> None:
+    def usable(self, facts: Sequence[Fact]) -> None:
         """Check also that there are contexts, and the subjects at which the method writes.
 
         Raises:
             FactError: There are no facts, or one lacks the subject that is needed.
-            ModelError: The model is no decoder.
             SettingsError: `contexts` is an empty list.
         """
-        super().ready(model, facts)
+        super().usable(facts)
         if not self.contexts:
             raise SettingsError(f"{self.name}: contexts is an empty list. For the bare prompt alone: contexts=plain.")
         if self.needs_subject:
@@ -227,7 +244,7 @@ def require_decoder(model: Model, method: str) -> None:
 
 @cache
 def _published() -> dict[str, list[dict[str, Any]]]:
-    text = (files("retouch") / "data" / "published.yaml").read_text(encoding="utf-8")
+    text = (resources.files("retouch") / "data" / "published.yaml").read_text(encoding="utf-8")
     rows: dict[str, list[dict[str, Any]]] = yaml.safe_load(text)
     return rows
 

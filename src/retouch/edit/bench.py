@@ -107,7 +107,7 @@ def run(
         rows = done[name]
         for i, row in work.records(name, method, rows):
             rows[i] = row
-            partial.add(name, method, i, row)
+            partial.add(name, i, row)
         ordered = [rows[i] for i in range(len(plan.facts))]
         if any("refused" in row for row in ordered):
             ordered = [{"refused": 0.0, **row} for row in ordered]
@@ -142,6 +142,7 @@ class _Partial:
 
     def __init__(self, path: Path, key: str) -> None:
         self.path, self.key = path, key
+        self.marks: dict[str, str] = {}
         self.lines: list[dict[str, Any]] = []
         if path.is_file():
             for line in path.read_text(encoding="utf-8").splitlines():
@@ -150,18 +151,15 @@ class _Partial:
                 except json.JSONDecodeError:
                     continue  # the torn line of a killed run
 
-    def _mark(self, name: str, method: EditMethod) -> str:
-        return store.key(run=self.key, name=name, settings=method.to_dict())
-
     def rows(self, name: str, method: EditMethod) -> dict[int, dict[str, float]]:
         """Return a method's finished records by number."""
-        mark = self._mark(name, method)
+        self.marks[name] = mark = store.key(run=self.key, name=name, settings=method.decided_by())
         return {x["number"]: x["row"] for x in self.lines if x.get("mark") == mark}
 
-    def add(self, name: str, method: EditMethod, number: int, row: Mapping[str, float]) -> None:
+    def add(self, name: str, number: int, row: Mapping[str, float]) -> None:
         """Append a record and flush it to the disk."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        line = json.dumps({"mark": self._mark(name, method), "number": number, "row": dict(row)})
+        line = json.dumps({"mark": self.marks[name], "number": number, "row": dict(row)})
         with self.path.open("a", encoding="utf-8") as file:
             file.write(f"\n{line}\n")  # the first line end closes a torn line, or this record would be lost with it
             file.flush()

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from .. import registry
+from .._pictures import need
+from ..bound import certify
 from ..change import Change, combine
 from ..errors import NoEffect, UserError
 from ..ledger import Ledger, difference, open_ledger, save_ledger
@@ -18,7 +20,7 @@ from ..measure import continuations, next_logp, watched
 from ..model import Model
 from ..progress import report as tell
 from ..report import Report, Table, plot_drift, plot_ranks, plot_where, write_html
-from ..store import refuse_inside
+from ..store import refuse_place
 from ..tokens import Text, encode
 from . import facts as samples
 from .api import check_effect
@@ -59,12 +61,18 @@ def tour(source: str, out: Path, *, n: int = 8, max_harm: float = 0.05) -> Repor
         The report; its numbers are what ``--json`` writes.
 
     Raises:
+        UserError: A number is not allowed, or the folder or the pictures cannot be made.
         NoEffect: An edit did not take, or the undo was not exact.
     """
     every = samples.demo()
     if not 1 <= n <= len(every):
         raise UserError(f"The demo has {len(every)} facts; --n must lie between 1 and that, got {n}.")
-    refuse_inside(out / "model")
+    certify([0.0], max_harm)  # a limit that is none, and what cannot be written, are refused before any work
+    need("jinja2")
+    need("matplotlib")
+    refuse_place(out / "model")
+    if (out / "model").exists() and not (out / "model" / "ledger").is_dir():
+        raise UserError(f"{out / 'model'} exists and is no model of ours. Name another folder with -o.")
     facts, asked = every[:n], every[: max(n, 12)]
     base = open_ledger(source)
     before = continuations(base.model, [f.filled for f in asked], 8)

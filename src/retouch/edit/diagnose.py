@@ -45,6 +45,7 @@ __all__ = [
     "diagnose",
     "drift",
     "landscape",
+    "refuse_unknown",
     "shortcut",
     "top_curvature",
     "wrappings",
@@ -142,8 +143,7 @@ def diagnose(
         WrongBase: The change was planned for another model.
     """
     require_decoder(model, "diagnose")
-    if bad := [w for w in what if w not in get_args(What)]:
-        raise UserError(f"There is no diagnostic {bad[0]!r}. Known: {', '.join(get_args(What))}.")
+    refuse_unknown(what)
     edited = apply(model, change) if change is not None else None
     at = _block(model, change, block)
     found: dict[str, Any] = {}
@@ -166,6 +166,16 @@ def diagnose(
             found["shortcut_after"] = shortcut(edited, facts, n_samples=n_samples, seed=seed, bos=bos)
     method = "" if change is None else change.method
     return Diagnosis(model.source, method, at, **found, notes=tuple(_notes(found)))
+
+
+def refuse_unknown(what: Sequence[str]) -> None:
+    """Refuse names that no diagnostic has.
+
+    Raises:
+        UserError: With the first of them.
+    """
+    if bad := [w for w in what if w not in get_args(What)]:
+        raise UserError(f"There is no diagnostic {bad[0]!r}. Known: {', '.join(get_args(What))}.")
 
 
 def _block(model: Model, change: Change | None, wanted: int) -> int:

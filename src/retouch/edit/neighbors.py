@@ -18,7 +18,7 @@ from ..change import Change
 from ..model import Model
 from ..tokens import Text, encode
 from .base import ValueEditMethod
-from .constraints import constraints
+from .constraints import for_facts
 from .keys import mean_keys, read_all
 from .rows import Problem
 from .value import Bystander
@@ -60,11 +60,9 @@ def neighbors(
         return []
     prompts: list[list[str]] = []
     for group in groups:
-        facts = [found[i].fact for i in group]
-        own = [f.filled for f in facts]
-        each = max(1, settings.n_bystanders // len(facts))
-        chosen = [c.prompt for f in facts for c in constraints(f, n=each, seed=settings.seed)]
-        prompts.append([p for p in dict.fromkeys(chosen) if p not in own])
+        facts = [found[i].fact for i in group]  # one set for all: a neighbour of one fact must not ask for another
+        chosen = for_facts(facts, n=max(len(facts), settings.n_bystanders), seed=settings.seed)
+        prompts.append([c.prompt for c in chosen])
     rows = [encode(model.tokenizer, [Text(p) for p in ps], settings.bos) for ps in prompts]
     every = read_all(model, [r.ids for rs in rows for r in rs], names, every=True)
     keys = mean_keys(model, found, groups, names)

@@ -56,6 +56,7 @@ class Rets(RankOneMethod):
         100.0
     """
 
+    files: ClassVar[tuple[str, ...]] = ("text", "constraints")
     needs_subject: ClassVar[bool] = False
 
     kl_position: Literal["subject", "last"] = setting("last", "Where the drift of '{subject} is a' is read.")
@@ -85,11 +86,14 @@ class Rets(RankOneMethod):
         if method.block >= 0 or len(facts) != len(groups) or not all(groups):
             return super().plan_each(model, groups)
         self.ready(model, facts)
-        blocks = [method.block_of(model, [f]) for f in facts]
+        chosen = [method._chosen(model, [f]) for f in facts]
+        contexts = self._contexts(model)
         planned: dict[int, Change] = {}
-        for block in sorted(set(blocks)):
-            numbers = [i for i, b in enumerate(blocks) if b == block]
-            changes = replace(self, block=block).plan_each(model, [groups[i] for i in numbers])
+        for block in sorted({at for at, _ in chosen}):
+            numbers = [i for i, (at, _) in enumerate(chosen) if at == block]
+            keys = {prompt: own for i in numbers for prompt, own in chosen[i][1].items()}
+            shared = _Shared(block, keys, method._moment(model, block))
+            changes = method.each(model, [facts[i] for i in numbers], contexts, shared)
             planned.update(zip(numbers, (replace(c, settings=self.to_dict()) for c in changes)))
         return [planned[i] for i in range(len(groups))]
 
@@ -105,38 +109,48 @@ class Rets(RankOneMethod):
         n = _PUBLISHED_CONSTRAINTS if self.n_constraints == default else self.n_constraints
         return replace(row, kl_position="subject", n_constraints=n)
 
-    def block_of(self, model: Model, facts: Sequence[Fact]) -> int:
-        """Return the edited block: the setting's, or the one where constraints are least like the facts' own keys."""
-        a = model.anatomy
-        if self.block >= 0:
-            return block_at(self.block, 0, a, self.name)
-        candidates = list(range(rule(0.55, a), rule(0.85, a) + 1))
-        if len(candidates) == 1:
-            return candidates[0]
-        likeness = sum(self._likeness(model, self._asked(f), candidates) for f in facts)
-        return candidates[int(torch.as_tensor(likeness).argmin())]
-
-    def _likeness(self, model: Model, fact: Fact, blocks: Sequence[int]) -> Tensor:
-        """Return the mean cosine of the constraints' keys with the fact's own one at each block."""
-        names = [down(b) for b in blocks]
-        found = problems(model, [fact], [Context("", 1.0)], "prompt", self.bos)
-        own = mean_keys(model, found, [[0]], names)
-        others = read_all(model, self._rows(model, fact), names)
-        return torch.stack([torch.cosine_similarity(others[n], own[n].T).mean() for n in names])
-
     def shared(self, model: Model, facts: Sequence[Fact]) -> _Shared:
-        """Choose the block, read the constraints' keys there in one pass, and collect the moment if it is weighed."""
+        """Choose the block, read the constraints' keys there, and collect the moment if it is weighed."""
         report("Constraints", 0, len(facts))
-        block = self.block_of(model, facts)
-        name, rows = down(block), [self._rows(model, self._asked(f)) for f in facts]
-        found = read_all(model, [row for rs in rows for row in rs], [name])[name]
-        keys = dict(zip((f.filled for f in facts), torch.split(found, [len(rs) for rs in rows])))
+        block, keys = self._chosen(model, facts)
         report("Constraints", len(facts), len(facts))
+        return _Shared(block, keys, self._moment(model, block))
+
+    def _chosen(self, model: Model, facts: Sequence[Fact]) -> tuple[int, dict[str, Tensor]]:
+        """Return the edited block, and by filled prompt the constraints' keys there.
+
+        The block is the setting's, or the one where constraints are least like the facts' own keys. For one fact the keys
+        that choose it are those that are asked for, so that one pass does.
+        """
+        a = model.anatomy
+        candidates = (
+            [*range(rule(0.55, a), rule(0.85, a) + 1)] if self.block < 0 else [block_at(self.block, 0, a, self.name)]
+        )
+        block, names = candidates[0], [down(b) for b in candidates]
+        if len(candidates) > 1:
+            likeness = torch.zeros(len(candidates), dtype=torch.float64)
+            for fact in facts:
+                found = read_all(model, self._rows(model, self._asked(fact)), names)
+                likeness += self._likeness(model, self._asked(fact), found)
+            block = candidates[int(likeness.argmin())]
+            if len(facts) == 1:
+                return block, {facts[0].filled: found[down(block)].clone()}
+        rows = [self._rows(model, self._asked(f)) for f in facts]
+        read = read_all(model, [row for rs in rows for row in rs], [down(block)])[down(block)]
+        return block, dict(zip((f.filled for f in facts), torch.split(read, [len(rs) for rs in rows])))
+
+    def _likeness(self, model: Model, fact: Fact, others: Mapping[str, Tensor]) -> Tensor:
+        """Return the mean cosine of the constraints' keys with the fact's own one at each weight."""
+        found = problems(model, [fact], [Context("", 1.0)], "prompt", self.bos)
+        own = mean_keys(model, found, [[0]], list(others))
+        return torch.stack([torch.cosine_similarity(keys, own[n].T).mean() for n, keys in others.items()])
+
+    def _moment(self, model: Model, block: int) -> Tensor | None:
+        """Collect ordinary text's second moment where it is weighed."""
         if not self.moment_weight:
-            return _Shared(block, keys)
-        n_tokens = self.n_tokens or None
-        moments = stats.collect(model, [name], text=self.text or None, n_tokens=n_tokens, bos=self.bos)
-        return _Shared(block, keys, moments[name].mean)
+            return None
+        name, n_tokens = down(block), self.n_tokens or None
+        return stats.collect(model, [name], text=self.text or None, n_tokens=n_tokens, bos=self.bos)[name].mean
 
     def _asked(self, fact: Fact) -> Fact:
         """The fact as it is edited."""

@@ -71,8 +71,7 @@ class Rose(SpreadMethod):
             zero = Start(torch.zeros(len(groups), model.anatomy.d_model), sizes.sqrt())
             return optimise(model, found, block, "residual", self, groups=groups, start=zero, flat=self.flat, **more)
         bystanders = more.pop("bystanders", ())
-        home = {i: g for g, members in enumerate(groups) for i in members}
-        own = [replace(b, group=i) for i in home for b in bystanders if b.group == home[i]]
+        own = [replace(b, group=i) for b in bystanders for i in groups[b.group]]
         alone = optimise(model, found, block, "residual", self, flat=self.flat, bystanders=own, **more)
         several = [g for g, members in enumerate(groups) if len(members) > 1]
         if not several:
@@ -83,7 +82,8 @@ class Rose(SpreadMethod):
         merged = _Merge(
             self, model, [found[i] for i in numbers], [[place[i] for i in groups[g]] for g in several], block
         )
-        kept = [replace(b, group=several.index(b.group)) for b in bystanders if b.group in several]
+        number = {g: n for n, g in enumerate(several)}
+        kept = [replace(b, group=number[b.group]) for b in bystanders if b.group in number]
         refined = iter(merged.run(deltas, kept))
         return [next(refined) if len(members) > 1 else alone[members[0]] for members in groups]
 

@@ -28,7 +28,7 @@ from .base import EditMethod
 from .collapse import Point, Watch, distinct, watch
 from .facts import Fact
 
-__all__ = ["Run", "Stopped", "distinct", "plan_next", "run", "run_bench"]
+__all__ = ["Run", "Stopped", "check", "distinct", "plan_next", "run", "run_bench"]
 
 Guard = Literal["stop", "record"]
 _log = logging.getLogger(__name__)
@@ -149,7 +149,7 @@ def run(
     """
     facts = list(facts)
     ledger = start if isinstance(start, Ledger) else Ledger(start)
-    _check(facts, batch_size, max_perplexity_ratio, every)
+    check(facts, batch_size, max_perplexity_ratio, every)
     method.ready(ledger.model, facts)
     step = every or max(batch_size, len(facts) // 10)
     own = Path(journal) if journal else (_beside(Path(out)) if out else None)
@@ -158,7 +158,7 @@ def run(
             store.refuse_inside(place)
     key = store.key(
         start=ledger.model.fingerprint, lines=[c.id for c in ledger.active], facts=[f.to_dict() for f in facts],
-        method=method.name, settings=method.to_dict(), batch=batch_size, ratio=float(max_perplexity_ratio), every=step,
+        method=method.name, settings=method.decided_by(), batch=batch_size, ratio=float(max_perplexity_ratio), every=step,
         policy=policy, guard=guard, seed=seed,
     )  # fmt: skip
     runner = _Batches(ledger, facts, method, watch(ledger.model, facts, seed), Journal(own, key), policy)
@@ -172,7 +172,12 @@ def run(
     return result
 
 
-def _check(facts: Sequence[Fact], batch_size: int, ratio: float, every: int | None) -> None:
+def check(facts: Sequence[Fact], batch_size: int, ratio: float, every: int | None) -> None:
+    """Refuse what no sequence can be made of, before a model is opened; the arguments are those of `run`.
+
+    Raises:
+        UserError: There are no facts, or a number is not allowed.
+    """
     if not facts:
         raise UserError("There are no facts to edit.")
     if batch_size < 1 or (every is not None and every < 1):

@@ -8,7 +8,7 @@ chunk are searched together.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -149,7 +149,10 @@ def optimise(
     values: dict[int, Value] = {}
     what = f"Values for {len(found)} facts at block {block}"
     report(what, 0, len(groups))
-    for chunk in _chunks(model, found, groups, order, block, settings.budget_mib, bystanders):
+    heard: dict[int, list[Bystander]] = {}
+    for b in bystanders:
+        heard.setdefault(b.group, []).append(b)
+    for chunk in _chunks(model, found, groups, order, block, settings.budget_mib, heard):
         members = [i for g in chunk for i in groups[g]]
         place = {i: n for n, i in enumerate(members)}
         search = Search(
@@ -160,7 +163,7 @@ def optimise(
             settings,
             groups=[[place[i] for i in groups[g]] for g in chunk],
             aim=aim and aim.of(members),
-            bystanders=[b.of(chunk.index(b.group)) for b in bystanders if b.group in chunk],
+            bystanders=[b.of(n) for n, g in enumerate(chunk) for b in heard.get(g, ())],
         )
         begin = start and Start(start.delta[chunk], start.reach[chunk], start.pull)
         told = _telling(what, len(values), len(chunk), len(groups))
@@ -185,7 +188,7 @@ def _chunks(
     order: Sequence[int],
     block: int,
     budget_mib: int,
-    bystanders: Sequence[Bystander],
+    heard: Mapping[int, Sequence[Bystander]],
 ) -> list[list[int]]:
     """Cut groups, sorted by length, into chunks whose activations fit the budget."""
     a = model.anatomy
@@ -199,8 +202,8 @@ def _chunks(
             columns = sum(len(r.seen) - at for r, at in zip(problem.rows, problem.anchors)) + 3
             need += columns * (per_column + 12 * (a.n_blocks - block) * a.heads * 4 * longest)
             need += 16 * a.vocab_size * (1 + sum(len(r.target) for r in problem.rows))
-        for row in (b.row for b in bystanders if b.group == g):
-            need += len(row.ids) * per_column + 16 * a.vocab_size
+        for b in heard.get(g, ()):
+            need += len(b.row.ids) * per_column + 16 * a.vocab_size
         if not chunks or used + need > budget_mib * 2**20:
             chunks.append([])
             used = 0.0

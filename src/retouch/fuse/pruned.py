@@ -234,11 +234,11 @@ def _empty(folder: Path) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         anatomies.describe(config)
         with init_empty_weights(include_buffers=False), torch.random.fork_rng(devices=[]):
             network = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        return network, AutoTokenizer.from_pretrained(folder)
+        return network, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError) as error:
         raise StoreError(f"{folder}: its config.json or tokenizer cannot be read: {error}") from error
 

@@ -59,6 +59,7 @@ class BaseRun:
 
     Raises:
         UserError: Task, model and plan do not fit each other.
+        StoreError: Nothing can be kept in `folder`.
     """
 
     def __init__(
@@ -316,6 +317,7 @@ class BaseRun:
             )
         if getattr(self.method, "constrained", False):
             self._price(1.0)  # it needs a limit
+        store.refuse_place(self.folder / "stage")
 
 
 _NOT_WEIGHTS = {"_name_or_path", "transformers_version", "architectures", "dtype"}

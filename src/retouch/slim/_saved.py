@@ -91,7 +91,8 @@ def open_slim(path: str | Path) -> SlimForSequenceClassification:
         raise ModelError(f"{path}: there is no config.json, so this is no folder of a slim model.")
     if (path / "manifest.json").is_file():
         store.check_folder(path)
-    kind = store.read_json(path / "config.json").get("model_type")
+    config = store.read_json(path / "config.json")
+    kind = config.get("model_type") if isinstance(config, dict) else None
     if kind != SlimConfig.model_type:
         raise ModelError(f"{path} holds a {kind!r} model, which is not slim. Slim it first: retouch slim {path} ...")
     network = _load(path)

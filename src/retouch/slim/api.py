@@ -200,7 +200,7 @@ def fit(
 
 def _lengths(opened: Source, task: Task, method: SlimMethod) -> tuple[int, ...]:
     """Return the lengths of at most 1,000 training texts, evenly spaced, in tokens."""
-    rows = task.train[:: max(1, len(task.train) // 1000)][:1000]
+    rows = task.train[:: max(1, -(-len(task.train) // 1000))]
     return encode(opened.tokenizer, rows, _max_tokens(method)).lengths
 
 
@@ -322,7 +322,7 @@ def _threshold(tables: Tables, task: Task, budget: Budget, rule: Rule, lambdas: 
         return None
     risk = None if budget.max_harm is None else risk_of(task, budget.max_harm, ask)
     calib = tables.of("calib")
-    costs = tables.costs("calib", rule) if budget.cost == "flops" else tables.seconds("calib")
+    costs = tables.costs("calib", rule) if budget.cost == "flops" else tables.seconds("calib", rule)
     return choose(
         calib,
         rule,

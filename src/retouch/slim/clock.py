@@ -52,9 +52,20 @@ def between(lengths: ArrayLike, at: Sequence[float], seconds: Sequence[ArrayLike
 
 
 def block_seconds(
-    network: SlimForSequenceClassification, batch: Mapping[str, Any], n_repeats: int = 9
+    network: SlimForSequenceClassification,
+    batch: Mapping[str, Any],
+    n_repeats: int = 9,
+    asked: Sequence[int] | None = None,
 ) -> tuple[float, list[float]]:
-    """Return the seconds an example spends in the embedding, and in each block with its exit: medians of repeats."""
+    """Return the seconds an example spends in the embedding, and in each block with its exit: medians of repeats.
+
+    Args:
+        network: What is timed.
+        batch: Examples.
+        n_repeats: How often each block is timed.
+        asked: Blocks whose exits are asked; None: all.
+    """
+    read = network.widths.exits if asked is None else asked
     inputs = {
         k: v.to(network.device) for k, v in batch.items() if k in ("input_ids", "attention_mask", "token_type_ids")
     }
@@ -66,7 +77,7 @@ def block_seconds(
 
             def step(hidden: torch.Tensor = hidden, block: int = block) -> torch.Tensor:
                 after = network.run_block(block, hidden, mask)
-                if block in network.widths.exits:
+                if block in read:
                     network.read_exit(block, after, mask)
                 return after
 

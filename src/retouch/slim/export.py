@@ -116,6 +116,7 @@ def export(
     int8: bool = False,
     texts: Sequence[Text] = (),
     replace: bool = True,
+    pairs: bool | None = None,
 ) -> Exported:
     """Write the stages of a slim model, its thresholds and its tokenizer as one folder, whole or not at all.
 
@@ -132,6 +133,8 @@ def export(
         int8: Quantise the stages, see `quantise`.
         texts: Texts, or pairs of texts, on which int8 is compared with float32.
         replace: Whether an export that is already there gives way.
+        pairs: Whether the network was trained on pairs of texts, so that the router refuses the other kind; None: it
+            takes both.
 
     Raises:
         UserError: A cut has no exit, both `cuts` and `shares` are given, int8 has no texts, the tokenizer is not a fast
@@ -142,7 +145,8 @@ def export(
     if int8:
         _require_texts(texts)
     small = at_cuts(network, _cuts(network, cuts, shares)).float().cpu().eval()
-    words, exits = _words(tokenizer), _exits(small, tokenizer, max_tokens)
+    words = _words(tokenizer, max_tokens)
+    exits = dataclasses.replace(_exits(small, tokenizer, max_tokens), pairs=pairs)
     stages = [Stage(small, start, stop) for start, stop in zip((-1, *exits.cuts), exits.cuts)]
     files = {stage_name(i): graph_of(s, exits) for i, s in enumerate(track(stages, "export stages"))}
     if not int8:
@@ -168,11 +172,14 @@ def _cuts(network: Any, cuts: Sequence[int] | None, shares: Mapping[int, float] 
     return asked if shares is None else default_cuts(asked, shares)
 
 
-def _words(tokenizer: Any) -> str:
+def _words(tokenizer: Any, max_tokens: int) -> str:
+    """Return the tokenizer's file, which says at which end long texts are cut."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise UserError("Only a fast tokenizer can be exported, and this model's is none. Convert it first.")
-    return str(backend.to_str())
+    words = type(backend).from_str(backend.to_str())
+    words.enable_truncation(max_tokens, direction=tokenizer.truncation_side)
+    return str(words.to_str())
 
 
 def _exits(network: Any, tokenizer: Any, max_tokens: int) -> Exits:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from .. import store
+from ..errors import UserError
 from ..progress import track
 from ..router import Router, open_router
 from .data import Example
@@ -83,7 +84,8 @@ def export_saved(
     """Export a saved model; with calibration rows, choose its threshold anew on what the export says.
 
     A certificate is about all exits. So without rows a certified model keeps them all; else, where no cuts are named,
-    exits that few texts take get no stage.
+    exits that few texts take get no stage. Should the threshold then be refused, all exits are tried, unless a risk is
+    to be certified: whoever tries twice with the same rows has no confidence left, so that all are kept at once.
 
     Args:
         model: A saved slim model.
@@ -102,9 +104,12 @@ def export_saved(
     classifier, record = open_classifier(model), _record(model, calib)
     rows = [] if calib is None else calibration_rows(calib, record, columns)
     asked = _asked(record) if rows else None
+    if int8 and len(rows) == 1:
+        raise UserError(f"{calib} holds one row; int8 fits temperatures on one half of the rows and chooses the threshold "
+                        "on the other. Give more.")  # fmt: skip
     network, leaves = classifier.network, record.get("leaves")
-    whole = asked is None and bool((record.get("threshold") or {}).get("certificate"))
-    shares = None if cuts is not None or whole or not leaves else {int(l): s for l, s in leaves.items()}
+    all_exits = _keeps_all(record, asked, int8)
+    shares = None if cuts is not None or all_exits or not leaves else {int(l): s for l, s in leaves.items()}
     texts = [row.text if row.pair is None else (row.text, row.pair) for row in rows]
     with tempfile.TemporaryDirectory() as trial:
         for number, kept in enumerate([None] if shares is None else [shares, None]):
@@ -118,6 +123,7 @@ def export_saved(
                 max_tokens=classifier.max_tokens,
                 int8=int8,
                 texts=texts,
+                pairs=classifier.pairs,
             )
             found = None if asked is None else _chosen(open_router(place, threads=1), classifier, rows, record, asked)
             if found is None or found.reachable:
@@ -131,6 +137,14 @@ def export_saved(
     lost = set(due(network.widths.exits, network.config.every, network.config.min_block)) - set(made.exits.cuts)
     stale = found is None and bool(network.config.threshold) and (bool(lost) or int8)
     return Handed(made, tuple(sorted(lost)), found, stale)
+
+
+def _keeps_all(record: Mapping[str, Any], asked: tuple[float | None, Risk | None] | None, int8: bool) -> bool:
+    """Whether a certificate allows no exit to be left out unasked."""
+    if asked is None:
+        return bool((record.get("threshold") or {}).get("certificate"))
+    flops, risk = asked
+    return risk is not None and (flops is not None or int8)  # a risk alone is never refused in float32
 
 
 def _record(model: str | Path, calib: str | Path | None) -> dict[str, Any]:

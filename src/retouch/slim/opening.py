@@ -69,7 +69,7 @@ def _architecture(name: str) -> str | None:
     from transformers import AutoConfig
 
     try:
-        names = AutoConfig.from_pretrained(name).architectures or [None]
+        names = AutoConfig.from_pretrained(name, trust_remote_code=False).architectures or [None]
     except (OSError, ValueError):
         return None  # open_model says what is wrong
     return str(names[0]) if names[0] else None
@@ -81,9 +81,9 @@ def _classifier(name: str) -> Source:
     try:
         with quiet():
             network = AutoModelForSequenceClassification.from_pretrained(
-                name, use_safetensors=True, dtype=torch.float32
+                name, trust_remote_code=False, use_safetensors=True, dtype=torch.float32
             )
-            tokenizer = AutoTokenizer.from_pretrained(name)
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"{name} cannot be opened: {str(error).strip().splitlines()[0]}") from error
     made = from_classifier(network, tokenizer)

@@ -47,8 +47,8 @@ class Classifier:
             ahead: So many batches are read at once and sorted by length among themselves, which saves padding.
 
         Raises:
-            UserError: It is one text and no list; or, as it comes, a text is empty, texts and pairs are mixed, or the
-                model was trained on the other kind.
+            UserError: It is one text and no list; or, as it comes, one is no text, empty, or holds half of a character,
+                texts and pairs are mixed, or the model was trained on the other kind.
         """
         if batch_size < 1 or ahead < 1:
             raise UserError(f"batch_size and ahead must be at least 1; got {batch_size} and {ahead}.")
@@ -58,18 +58,9 @@ class Classifier:
     def _stream(self, texts: Iterator[Text], batch_size: int, ahead: int) -> Iterator[Prediction]:
         n_done = 0
         while window := list(itertools.islice(texts, batch_size * ahead)):
-            check_texts(window, n_done)
-            self._check_kind(window[0], n_done + 1)
+            check_texts(window, n_done, self.pairs)
             yield from self._window([_example(text) for text in window], batch_size)
             n_done += len(window)
-
-    def _check_kind(self, text: Text, number: int) -> None:
-        pair = not isinstance(text, str)
-        if self.pairs is not None and pair != self.pairs:
-            got, wanted = ("a pair", "single texts") if pair else ("a single text", "pairs of texts")
-            raise UserError(
-                f"Text {number} is {got}, and this model was trained on {wanted}. In a line a tab makes a pair of two."
-            )
 
     def _window(self, examples: list[Example], batch_size: int) -> list[Prediction]:
         types = self.network.size.token_types
@@ -119,10 +110,11 @@ def open_classifier(folder: str | Path, *, max_tokens: int | None = None) -> Cla
 
     network = open_slim(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder} has no tokenizer that can be opened: {str(error).splitlines()[0]}") from error
     record = Path(folder) / "retouch.json"
-    says = store.read_json(record) if record.is_file() else {}
+    found = store.read_json(record) if record.is_file() else {}
+    says = found if isinstance(found, dict) else {}
     pairs = says.get("task", {}).get("pairs")
     return Classifier(network, tokenizer, max_tokens or says.get("max_tokens") or 128, pairs)

@@ -82,13 +82,14 @@ class Tables:
         spent = flops_costs(said, network.size, network.widths, rule)
         return replace(spent, base=base.base)
 
-    def seconds(self, split: str) -> Costs:
+    def seconds(self, split: str, rule: Rule) -> Costs:
         """Return what examples cost in seconds, measured on batches of several lengths and read off in between."""
+        asked = rule.due(self.fitted.network.widths.exits)
         encoded, lengths = self._encoded(split), self.of(split).lengths
         spent, base, at = [], [], []
         for rows in spread(lengths):
             batch = collate(encoded, rows)
-            embed, blocks = block_seconds(self.fitted.network, batch)
+            embed, blocks = block_seconds(self.fitted.network, batch, asked=asked)
             spent.append(embed + np.cumsum(blocks))
             base.append([whole_seconds(self.fitted.original, batch)])
             at.append(float(lengths[rows].mean()))

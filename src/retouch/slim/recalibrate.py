@@ -59,6 +59,7 @@ def recalibrated(
         raise UserError("--recalibrate needs --flops, --max-harm, or both: there is nothing to choose a threshold by.")
     classifier, ask, record = open_classifier(folder), exiting or Exiting(), saved_record(folder)
     budget, rule = _budget(record, flops, max_harm), _rule(classifier.network.config, ask)
+    risk = None if budget.max_harm is None else _risk(classifier.network.config.task, budget.max_harm, ask)
     rows = calibration_rows(calib, record, columns)
     table = table_of(classifier, rows)
     found = choose(
@@ -67,7 +68,7 @@ def recalibrated(
         np.array([p["threshold"] for p in record["curve"]]),
         budget=budget.flops,
         costs=costs_of(table, classifier.network, rule, record),
-        risk=None if budget.max_harm is None else _risk(classifier.network.config.task, budget.max_harm, ask),
+        risk=risk,
         span=span_of(record, classifier.network.config),
     )
     classifier.network.config.threshold = found.saved
@@ -85,7 +86,8 @@ def saved_record(folder: str | Path) -> dict[str, Any]:
         ModelError: The folder was not written by `Slim.save`.
     """
     path = Path(folder) / "retouch.json"
-    record: dict[str, Any] = store.read_json(path) if path.is_file() else {}
+    found = store.read_json(path) if path.is_file() else {}
+    record: dict[str, Any] = found if isinstance(found, dict) else {}
     if lacks := sorted(_NEEDED - set(record)):
         raise ModelError(f"{path} does not say how the model was made ({lacks[0]}). Make it again with retouch slim.")
     return record

@@ -126,7 +126,9 @@ def parse(verb: str, text: str, like: Mapping[str, Settings] | None = None, **de
             raise UserError(f"{name!r} is no method. In a setting of several parts write + between them: blocks=3+4+5.")
         cls = load(verb, name)
         tuples = {f.name for f in fields_of(cls) if f.type.startswith("tuple[")}
-        found[item] = from_flags(cls, [*common, *taken.get(name, ()), *(_flag(setting, tuples) for setting in settings)])
+        found[item] = from_flags(
+            cls, [*common, *taken.get(name, ()), *(_flag(setting, tuples) for setting in settings)]
+        )
     if not found:
         raise UserError(f"No method was named. See: retouch methods {verb}")
     return found

@@ -580,7 +580,9 @@ def test_bench_writes_one_object_and_shows_a_table(shop, tmp_path):
     told = json.loads(out.read_text())
     assert (told["verb"], told["model"], told["data"], told["n"]) == ("recommend", None, "toy.csv", 130)
     assert told["methods"]["popularity"]["harm_limit"] == 0.5
-    assert told["methods"]["reference"]["harm_mean"] == 0  # the flags are its settings: it is what harm is measured from
+    assert (
+        told["methods"]["reference"]["harm_mean"] == 0
+    )  # the flags are its settings: it is what harm is measured from
     asked = [told["methods"][name]["settings"] for name in ("reference", "reference:n_epochs=1")]
     assert [(s["size"], s["n_epochs"]) for s in asked] == [("tiny", 2), ("tiny", 1)]
 

@@ -1265,7 +1265,7 @@ def test_ctrl_c_while_planning_leaves_nothing_half_written(base, tmp_path):
         watchdog = threading.Timer(100, running.kill)
         watchdog.start()
         for line in running.stderr:
-            if line.startswith("Values for 1 facts"):
+            if line.startswith("Values for 1 fact at"):
                 break
         running.send_signal(signal.SIGINT)
         said, error = running.stdout.read(), running.stderr.read()

@@ -86,6 +86,13 @@ def test_without_datasets_a_hub_id_says_what_to_install(monkeypatch):
         read("owner/a-set")
 
 
+def test_the_name_of_a_file_that_is_not_there_is_no_data_set(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    with pytest.raises(UserError) as caught:
+        read("nofile.tsv")
+    assert "There is no file or folder 'nofile.tsv'" in str(caught.value) and "install" not in str(caught.value)
+
+
 def test_a_hub_set_gives_names_for_classes_and_leaves_hidden_labels_out():
     datasets = pytest.importorskip("datasets", reason="pip install datasets to test sets of the hub")
     features = datasets.Features(

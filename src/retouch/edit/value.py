@@ -147,7 +147,7 @@ def optimise(
     groups = [[i] for i in range(len(found))] if groups is None else groups
     order = sorted(range(len(groups)), key=lambda g: max(_tail(found[i]) for i in groups[g]))
     values: dict[int, Value] = {}
-    what = f"Values for {len(found)} facts at block {block}"
+    what = f"Values for {len(found)} fact{'s' * (len(found) != 1)} at block {block}"
     report(what, 0, len(groups))
     heard: dict[int, list[Bystander]] = {}
     for b in bystanders:

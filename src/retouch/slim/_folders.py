@@ -136,6 +136,8 @@ def _one(folder: Path, split: str, named: dict[str, list[Path]]) -> Path:
 
 
 def _hub(source: str, columns: Columns) -> dict[str, Rows]:
+    if Path(source).suffix.lower() in _FORMS:  # the name of a file, and of no data set
+        raise absent(Path(source))
     try:
         datasets = import_module("datasets")
     except ImportError as error:

@@ -38,7 +38,11 @@ class Domain:
         from retouch.fuse.suites import answered, examples
         from retouch.fuse.train import LoraSettings
 
-        self.model, self.name, self.work, self.seed = model, name, work / f"{name}-{asked.seed}", asked.seed
+        self.model, self.name, self.seed = model, name, asked.seed
+        self.work = work / f"{name}-{asked.seed}-{asked.learning_rate:g}"
+        settings = {k: v for k, v in vars(asked).items() if k not in ("plans", "only", "work", "json")}
+        if _kept(self.work / "asked.json", lambda: settings) != settings:
+            raise SystemExit(f"{self.work} holds parts of a run with other settings. Name another --work.")
         questions = random.Random(asked.seed).sample(suite.test[name], min(asked.n_test, len(suite.test[name])))
         self.test = [Instance(i, (q,)) for i, q in enumerate(questions)]
         self.how = {"wording": suite.template, "shots": answered(suite, 1)}
@@ -111,8 +115,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure all plans on all domains, write one JSON object, print a table for each domain."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="text-cd:trec,sst2", help="As for `retouch bench fuse`.")
+    parser.add_argument("--only", default="", help="Domains, commas between; all if not given.")
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--plans", default="80%:wanda,70%:wanda,70%:random,70%:flap,70%:magnitude,70%:wanda:none")
+    parser.add_argument("--plans", default="95%:wanda,90%:wanda,80%:wanda,80%:wanda:lstsq,70%:wanda,70%:random")
     parser.add_argument("--template", default="words")
     parser.add_argument("--per-edge", type=int, default=400)
     parser.add_argument("--n-test", type=int, default=300, help="Questions of a domain.")
@@ -132,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model, suite = open_model(asked.model), parse_suite(asked.data, asked.seed, asked.template)
     work = asked.work or Path(tempfile.mkdtemp())
     found: dict[str, dict[str, Any]] = {}
-    for name in suite.domains:
+    for name in asked.only.split(",") if asked.only else suite.domains:
         domain = Domain(model, suite, name, asked, work)
         found[name] = {plan: domain.plan(plan) for plan in asked.plans.split(",")}
         told(name, found[name])

@@ -6,6 +6,7 @@ import asyncio
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -65,6 +66,13 @@ def test_depth_does_not_count_what_stands_in_texts():
     assert depth(rb'["\"[[[", {"a": "\\"}]') == 2
     assert depth(b'"[[[') == 3
     assert depth(b"") == 0
+
+
+def test_a_text_of_quotes_without_an_end_costs_no_time():
+    begin = time.process_time()
+    assert depth(b'"' + b'\\"' * 20_000 + b"[") == 1
+    assert depth(b'""' * 20_000 + b"[") == 1
+    assert time.process_time() - begin < 1
 
 
 class _Asked(BaseModel):

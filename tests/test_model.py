@@ -224,6 +224,23 @@ def test_garbage_in_a_gguf_file_is_refused_and_leaves_no_cache_entry(tmp_path, m
     assert not cache_files(tmp_path)
 
 
+def test_what_lies_beside_a_gguf_file_is_no_code_to_ask_about(tmp_path, monkeypatch):
+    given = []
+
+    def opened(path, **how):
+        given.append((how["gguf_file"], how["trust_remote_code"]))
+        if len(given) == 2:
+            raise ValueError("enough")
+
+    monkeypatch.setenv("RETOUCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", opened)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", opened)
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ModelError, match="enough"):
+        open_model(tmp_path / "model.gguf")
+    assert given == [("model.gguf", False)] * 2
+
+
 # Models with a name of their own.
 
 PARTS = (b"GGUF one, ", b"two ", b"and three")

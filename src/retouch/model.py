@@ -10,7 +10,6 @@ import copy
 import difflib
 import json
 import logging
-import struct
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 from . import _bundled, store, tokens
 from . import anatomy as anatomies
 from ._bundled import BUNDLED, Bundled
+from ._gguf import dequantise
 from ._positions import longest_row, refuse_longer
 from .anatomy import Anatomy
 from .errors import ModelError, UnknownName, unknown
-from .progress import report, track
 
 if TYPE_CHECKING:
     import torch
@@ -259,43 +258,13 @@ def _open_gguf(digest: str, locate: Callable[[], Path], name: str, device: str |
     import transformers
 
     key = store.key(file=digest, transformers=transformers.__version__.split(".")[0], format=1, dtype="float32")
-    folder = store.cached("gguf", key, lambda target: _dequantise(locate(), target))
-    return _load(str(folder), name, device)
 
+    def write(target: Path) -> None:
+        path = locate()
+        with quiet():
+            dequantise(path, target)
 
-def _dequantise(path: Path, target: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    report(f"Reading the tokenizer of {path.name}", 0, None)
-    with quiet(), _gguf_progress(path.name):
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-            network = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-        except (ValueError, KeyError, OSError, NotImplementedError, struct.error) as error:
-            raise ModelError(f"{path} cannot be read as a GGUF model: {error}") from error
-        # transformers refuses to save what it believes to be quantised; after de-quantising it no longer is
-        network.config.__dict__.pop("quantization_config", None)
-        network.hf_quantizer, network.is_quantized = None, False
-        report(f"Writing {path.name} to the cache", 0, None)
-        network.save_pretrained(target)
-        tokenizer.save_pretrained(target)
-
-
-@contextmanager
-def _gguf_progress(name: str) -> Iterator[None]:
-    """Send the bar that transformers draws while it de-quantises to our listener."""
-    from transformers import modeling_gguf_pytorch_utils as module
-
-    original = getattr(module, "tqdm", None)
-    if original is None:
-        yield
-        return
-    module.tqdm = lambda items, **_: track(items, f"De-quantising {name}")
-    try:
-        yield
-    finally:
-        module.tqdm = original
+    return _load(str(store.cached("gguf", key, write)), name, device)
 
 
 def _open_folder(path: Path, name: str, device: str | None) -> Model:

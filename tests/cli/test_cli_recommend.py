@@ -435,6 +435,7 @@ def test_nearline_lists_namespaces_and_purges_one_that_is_not_read(shop, tmp_pat
     assert name[:12] in done(*words, "--namespaces").out
     assert "is active" in refused(*words, "--purge", name[:8])
     assert "0 namespaces begin with 'x'" in refused(*words, "--purge", "x")
+    assert "2 namespaces begin with ''" in refused(*words, "--purge", "")
     assert done(*words, "--purge", "old").out == "Removed 1 record of namespace older.\n"
     assert [one["name"] for one in done(*words, "--namespaces", "--json").json["namespaces"]] == [name]
 
@@ -451,6 +452,7 @@ def test_nearline_lists_namespaces_and_purges_one_that_is_not_read(shop, tmp_pat
         (("--ttl-s", "0"), "ttl_s must be"),
         (("--coverages", "0.5"), "has no setting 'coverages'"),
         (("--watch", "--json"), "leave out --ray and --json"),
+        (("--purge", "a", "--rollback"), "--rollback and --purge are each all that a call does. Give one of them."),
     ],
 )
 def test_nearline_names_a_mistake(shop, tmp_path, monkeypatch, words, says):

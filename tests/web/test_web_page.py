@@ -10,12 +10,12 @@ import subprocess
 import sys
 import threading
 import time
-import warnings
 from html.parser import HTMLParser
 from importlib.resources import files
 
 import httpx
 import pytest
+from web_client import HOST, TOKEN, TestClient, client_of, done, refused, wait
 
 from retouch import registry
 from retouch.edit.facts import Fact
@@ -29,12 +29,6 @@ from retouch.web._wire import Edit, Saved
 from retouch.web._workbench import _facts
 from retouch.web.serve import Workbench, app, listening
 
-with warnings.catch_warnings():  # starlette asks anyio by an old name
-    warnings.simplefilter("ignore", DeprecationWarning)
-    from fastapi.testclient import TestClient
-
-HOST = "http://127.0.0.1:8412"
-TOKEN = "t" * 32
 QUICK = {"method": "ft_m", "settings": {"n_steps": "6", "learning_rate": "0.01"}}
 FACT = {"prompt": "The capital of {}", "subject": "France", "target": "is Lyon"}
 SCRIPTS = {"page.js", "work.js", "draw.js", "edit.js", "slim.js", "fuse.js", "recommend.js"}
@@ -66,11 +60,6 @@ def bench(folder):
     made.end()
 
 
-def client_of(bench, **more):
-    headers = {"Authorization": f"Bearer {TOKEN}"}
-    return TestClient(app(bench, TOKEN), base_url=HOST, headers=headers, raise_server_exceptions=False, **more)
-
-
 @pytest.fixture
 def client(bench):
     return client_of(bench)
@@ -91,31 +80,6 @@ def opened(bench, client, folder):
     """A client with the model open."""
     bench.open_now(str(folder / "tiny"))
     return client
-
-
-def wait(client):
-    """The work that is going on, at its end."""
-    for _ in range(2000):
-        job = client.get("/api/job").json()
-        if job["state"] != "running":
-            return job
-        time.sleep(0.005)
-    raise AssertionError(job)
-
-
-def done(client, name, body):
-    begun = client.post(f"/api/{name}", json=body)
-    assert begun.status_code == 202, begun.json()
-    job = wait(client)
-    assert job["state"] == "done", job
-    return job["result"]
-
-
-def refused(answer, status=422):
-    assert answer.status_code == status, answer.text
-    assert "Traceback" not in answer.text
-    assert list(answer.json()) == ["error"]
-    return answer.json()["error"]
 
 
 # ---------------------------------------------------------------- the way of a change

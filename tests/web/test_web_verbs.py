@@ -7,12 +7,12 @@ import pickle
 import shutil
 import sys
 import time
-import warnings
 from dataclasses import replace
 
 import pytest
 import slim_toy
 import web_made
+from web_client import client_of, done, ended, refused
 
 from retouch import store
 from retouch.fuse.merging import conflict_report, open_adapters
@@ -26,13 +26,8 @@ from retouch.slim.encoded import collate, encode
 from retouch.slim.predict import open_classifier
 from retouch.web import _adapters
 from retouch.web._folder import Folder
-from retouch.web.serve import Workbench, app
+from retouch.web.serve import Workbench
 
-with warnings.catch_warnings():  # starlette asks anyio by an old name
-    warnings.simplefilter("ignore", DeprecationWarning)
-    from fastapi.testclient import TestClient
-
-TOKEN = "t" * 32
 TEXTS = [row.text for row in slim_toy.rows(12, 9)]
 
 
@@ -58,54 +53,23 @@ def folder(made, tmp_path):
     return tmp_path / "copy" / "work"
 
 
-def client_of(folder):
-    bench = Workbench(Folder(folder))
-    headers = {"Authorization": f"Bearer {TOKEN}"}
-    host = "http://127.0.0.1:8412"
-    return TestClient(app(bench, TOKEN), base_url=host, headers=headers, raise_server_exceptions=False)
-
-
 @pytest.fixture
 def client(folder):
-    return client_of(folder)
+    return client_of(Workbench(Folder(folder)))
 
 
 @pytest.fixture(scope="module")
 def steady(made):
     """A client for what changes nothing, with the recommender open."""
-    client = client_of(made[0])
+    client = client_of(Workbench(Folder(made[0])))
     done(client, "open_bundle", {"bundle": "shop"})
     return client
-
-
-def ended(client, name, body):
-    """The work that a request begins, at its end."""
-    begun = client.post(f"/api/{name}", json=body)
-    assert begun.status_code == 202, begun.json()
-    for _ in range(2000):
-        job = client.get("/api/job").json()
-        if job["state"] != "running":
-            return job
-        time.sleep(0.005)
-    raise AssertionError(job)
-
-
-def done(client, name, body):
-    job = ended(client, name, body)
-    assert job["state"] == "done", job
-    return job["result"]
 
 
 def failed(client, name, body):
     job = ended(client, name, body)
     assert (job["state"], job["status"], job["result"]) == ("failed", 422, None), job
     return job["error"]
-
-
-def refused(answer, status=422):
-    assert answer.status_code == status, answer.text
-    assert list(answer.json()) == ["error"]
-    return answer.json()["error"]
 
 
 def classify(client, slim, texts, **more):
@@ -135,7 +99,7 @@ def test_each_kind_is_listed_where_it_belongs_and_nowhere_else(steady):
 
 
 def test_an_empty_folder_holds_nothing(tmp_path):
-    client = client_of(tmp_path)
+    client = client_of(Workbench(Folder(tmp_path)))
     assert [client.get(f"/api/{name}").json() for name in ("slims", "bundles", "adapters")] == [[], [], []]
     assert client.get("/api/bundle").json() is None
 
@@ -427,6 +391,12 @@ def test_a_comparison_can_be_stopped(client, monkeypatch):
     while client.get("/api/job").json()["state"] == "running":
         time.sleep(0.005)
     assert client.get("/api/job").json()["state"] == "stopped"
+
+
+def test_while_a_model_answers_nothing_else_begins(folder):
+    bench = Workbench(Folder(folder))
+    with bench.desk.alone():
+        assert refused(client_of(bench).post("/api/compare", json=BOTH), 409) == "An answer is under way. Wait for it."
 
 
 def test_adapters_pass_the_checks_of_strangers_files_first(client, folder, tiny, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -84,8 +85,9 @@ def nearline(
     rollback: Annotated[bool, typer.Option("--rollback", help="Only let servers read what they read before.")] = False,
     namespaces: Annotated[bool, typer.Option("--namespaces", help="Only list the bundles that have records.")] = False,
     purge: Annotated[
-        str, typer.Option(help="Only remove a bundle's records that no server reads: the beginning of its namespace.")
-    ] = "",
+        str | None,
+        typer.Option(help="Only remove a bundle's records that no server reads: the beginning of its namespace."),
+    ] = None,
     ray: Annotated[bool, typer.Option("--ray", help="Spread over a Ray cluster; the records are the same.")] = False,
     json_: _options.Json = False,
 ) -> None:
@@ -104,17 +106,7 @@ def nearline(
         raise UserError("--watch works in this process and tells what it does on stderr: leave out --ray and --json.")
     if metrics and not watch:
         raise UserError("--metrics tells what a writer does over time: give --watch too.")
-    if rollback:
-        _roll_back(store, json_)
-        return
-    if namespaces:
-        _list(store, json_)
-        return
-    if purge:
-        _purge(store, purge, json_)
-        return
-    if forget:
-        _forget(store, forget, json_)
+    if _only(store, json_, rollback, namespaces, purge, forget):
         return
     if min_rating is not None and histories is None:
         raise UserError("--min-rating needs --histories: the ratings that it looks at.")
@@ -149,14 +141,33 @@ def nearline(
     _show.say(f"Next: {_show.command('recommend', 'serve', bundle, '--store', store)}")
 
 
+def _only(
+    store: str, json_: bool, rollback: bool, namespaces: bool, purge: str | None, forget: list[str] | None
+) -> bool:
+    """Do what is asked in place of the work; return whether there was such a thing."""
+    from ..errors import UserError
+
+    asked: dict[str, Callable[[], None]] = {}
+    if rollback:
+        asked["--rollback"] = lambda: _roll_back(store, json_)
+    if namespaces:
+        asked["--namespaces"] = lambda: _list(store, json_)
+    if purge is not None:
+        asked["--purge"] = lambda: _purge(store, purge, json_)
+    if forget:
+        asked["--forget"] = lambda: _forget(store, forget, json_)
+    if len(asked) > 1:
+        raise UserError(f"{' and '.join(asked)} are each all that a call does. Give one of them.")
+    for do in asked.values():
+        do()
+    return bool(asked)
+
+
 def _roll_back(store: str, json_: bool) -> None:
     from ..recommend.stores import open_store
 
-    kept = open_store(store, existing=True)
-    try:
+    with closing(open_store(store, existing=True)) as kept:
         namespace = kept.rollback()
-    finally:
-        kept.close()
     if json_:
         _show.emit({"store": store, "active": namespace})
     else:
@@ -168,11 +179,8 @@ def _list(store: str, json_: bool) -> None:
 
     from ..recommend.stores import open_store
 
-    kept = open_store(store, existing=True)
-    try:
+    with closing(open_store(store, existing=True)) as kept:
         found = kept.namespaces()
-    finally:
-        kept.close()
     if json_:
         _show.emit({"store": store, "namespaces": [asdict(one) for one in found]})
         return
@@ -184,16 +192,13 @@ def _purge(store: str, beginning: str, json_: bool) -> None:
     from ..errors import UserError
     from ..recommend.stores import open_store
 
-    kept = open_store(store, existing=True)
-    try:
+    with closing(open_store(store, existing=True)) as kept:
         names = [one.name for one in kept.namespaces()]
         meant = [name for name in names if name.startswith(beginning)]
         if len(meant) != 1:
             known = ", ".join(name[:12] for name in names) or "none"
             raise UserError(f"{len(meant)} namespaces begin with {beginning!r}; one is needed. There are: {known}.")
         n_records = kept.purge(meant[0])
-    finally:
-        kept.close()
     if json_:
         _show.emit({"store": store, "namespace": meant[0], "records": n_records})
     else:
@@ -203,12 +208,9 @@ def _purge(store: str, beginning: str, json_: bool) -> None:
 def _forget(store: str, users: list[str], json_: bool) -> None:
     from ..recommend.stores import open_store
 
-    kept = open_store(store, existing=True)
-    try:
+    with closing(open_store(store, existing=True)) as kept:
         n_histories = sum(past is not None for past in kept.histories(users))
         n_records = kept.forget(users)
-    finally:
-        kept.close()
     if json_:
         _show.emit({"store": store, "users": users, "histories": n_histories, "records": n_records})
     else:

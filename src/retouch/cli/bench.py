@@ -258,6 +258,8 @@ def fuse(
         raise UserError("--n-selection, --n-test and --first must be at least 1, --per-edge at least 0.")
     scales, shares = parse_numbers("lams", lams), parse_numbers("ratios", ratios)
     _check_fuse(form, scales, shares, limit)
+    if unpruned and not any(shares):
+        raise UserError("--unpruned tells what pruning costs: give --ratios above 0 too.")
     _show.writable("--json", json_)
     suite = parse_suite(data, seed, template)
     wanted = bench.Bench(

@@ -68,9 +68,8 @@ class CRSubspace(Resolver):
         solved = z.clone()
         for i, k in torch.nonzero(against.any(1)).tolist():
             opponents = torch.nonzero(against[i, :, k]).flatten()
-            facing = (
-                z[opponents, k] * -cosine[i, opponents, k].sign()[:, None]
-            )  # at random, some agree: as if they did not
+            # those drawn at random may agree: they are turned round
+            facing = z[opponents, k] * -cosine[i, opponents, k].sign()[:, None]
             solved[i, k] = (1 - self.beta) * z[i, k] + self.beta * projected(z[i, k], facing)
         if self.kappa:
             solved = solved * crowding(z, cosine, live, self.kappa)[None, :, None]

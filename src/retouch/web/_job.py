@@ -91,8 +91,9 @@ class Desk:
 
     def _take(self) -> None:
         if not self._busy.acquire(blocking=False):
-            what = self._work.job.what if self._work and self._work.job.state == "running" else "An answer"
-            raise Busy(f"{what} is under way. Wait for it, or cancel it.")
+            if self._work and self._work.job.state == "running":
+                raise Busy(f"{self._work.job.what} is under way. Wait for it, or cancel it.")
+            raise Busy("An answer is under way. Wait for it.")
 
 
 class Work:

@@ -10,7 +10,7 @@ lists.push(({ bundles, bundle, models }) => {
   if (!bundle) return fill("bundle-told");
   if (bundles.includes(bundle.path)) at("bundle-name").value = bundle.path;
   const [first, ...more] = bundle.says;
-  return fill("bundle-told", listed({ recommender: bundle.path, ...bundle.numbers }), sentences("good", [first]), sentences("note", more),
+  return fill("bundle-told", listed({ recommender: bundle.path, ...bundle.numbers }), sentences(bundle.serves === "policy" ? "good" : "note", [first]), sentences("note", more),
     make("details", {}, make("summary", {}, "Certificate and health of the codes"), bundle.tables.flatMap(reported).filter(Boolean)));
 });
 

@@ -12,9 +12,12 @@ lists.push(({ slims }) => {
 });
 
 async function showSlim() {
-  fill("slim-facts");
-  fill("slim-told");
-  model = await call(`slim?path=${encodeURIComponent(at("slim-model").value)}`);
+  const path = at("slim-model").value;
+  [model, points] = [null, []]; // what is shown and asked is the one that is chosen, or none
+  for (const id of ["slim-facts", "slim-told", "slim-trade", "slim-picture"]) fill(id);
+  const told = await call(`slim?path=${encodeURIComponent(path)}`);
+  if (path !== at("slim-model").value) return; // another one was chosen meanwhile
+  model = told;
   const known = model.curve.some((point) => point.certified);
   points = model.curve.filter((p, i, all) => i === 0 || p.flops_ratio !== all[i - 1].flops_ratio || p.quality !== all[i - 1].quality
     || p.threshold === model.threshold);
@@ -29,6 +32,12 @@ async function showSlim() {
 }
 
 const round = (threshold) => Number(threshold.toPrecision(6));
+
+/** The threshold in the field; a measured one was shown rounded, and is meant whole. */
+function threshold() {
+  const given = Number(at("slim-threshold").value);
+  return [model.threshold, ...points.map((p) => p.threshold)].find((whole) => round(whole) === given) ?? given;
+}
 
 /** The measured point of the threshold in the field: the last one that is not above it. */
 const place = () => Math.max(0, points.findLastIndex((p) => round(p.threshold) <= Number(at("slim-threshold").value)));
@@ -64,9 +73,10 @@ function tradeoff(chosen) {
 // ---------------------------------------------------------------- answers
 
 async function answer() {
+  if (!model) throw new Error("No model is shown. Choose one.");
   const texts = lines(at("slim-texts").value), second = model.pairs ? lines(at("slim-second").value) : [];
   if (!texts.length) throw new Error("There is no text. Write one a line.");
-  const found = await call("classify", { slim: model.path, texts, second, threshold: Number(at("slim-threshold").value) });
+  const found = await call("classify", { slim: model.path, texts, second, threshold: threshold() });
   const named = Boolean(model.labels);
   const heads = ["Text", ...(named ? ["Label", "Probability"] : ["Value"]), "Left after", "FLOPs", ...(named ? ["Exits"] : [])];
   const rows = found.said.map((said) => [text(said), ...(named ? [said.label] : []), score(said), `block ${said.exit_block}`,

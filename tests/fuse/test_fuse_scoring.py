@@ -226,7 +226,7 @@ def test_who_learns_single_questions_loses_them_in_composed_prompts():
     together = compose.own_domain(suite.test["private 0"], 4)
     found = {}
     for form in ("aware", "blind"):
-        change = as_change(_synth.adapter(model, suite, "private 0", form, n_steps=300))
+        change = as_change(_synth.adapter(model, suite, "private 0", form, n_steps=400))
         alone = measure(asked_with(model, change, compose.singles(together), wording="synth")).part_correct
         found[form] = measure(asked_with(model, change, together, wording="synth")).part_correct
         assert alone > 0.85

@@ -40,7 +40,7 @@ def prune(
     context: typer.Context,
     base: _options.WholeModel,
     budget: Annotated[
-        str | None, typer.Option(help="Share of the model's memory in training that an edge has: 60%.")
+        str | None, typer.Option(help="Share of the model's memory in training that an edge has: 70%.")
     ] = None,
     budget_mib: Annotated[float | None, typer.Option(help="Or what it has, in MiB, at the peak of training.")] = None,
     ratio: Annotated[
@@ -62,9 +62,12 @@ def prune(
 
     Example: retouch fuse prune smollm2 --budget 70% -o small
     """
+    from typing import get_args
+
     from ..errors import UserError
+    from ..fuse._scores import Score
     from ..fuse.memory import Load
-    from ..fuse.prune import plan_prune, save_plan
+    from ..fuse.prune import Align, plan_prune, save_plan
     from ..fuse.pruned import save_pruned
     from ..store import refuse_place
 
@@ -84,8 +87,8 @@ def prune(
         model = open_base(base)
         mib = budget_mib if budget is None else share_of(budget) * whole_mib(model, load)
         made = plan_prune(
-            model, budget_mib=mib, ratio=ratio, score=_options.one_of("score", score, ("random", "magnitude", "wanda", "taylor", "flap")),
-            align=_options.one_of("align", align, ("none", "bias", "lstsq", "distil")), load=load, seed=seed,
+            model, budget_mib=mib, ratio=ratio, score=_options.one_of("score", score, get_args(Score)),
+            align=_options.one_of("align", align, get_args(Align)), load=load, seed=seed,
         )  # fmt: skip
         save_pruned(model, made, out, dtype=dtype)
         save_plan(made, place)

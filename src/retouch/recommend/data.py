@@ -25,7 +25,7 @@ from ._sources import FORMATS, Asked, Rows, read
 from .answers import check_id
 from .base import History, Item
 
-__all__ = ["FORMATS", "Interactions", "describe", "fingerprint", "load"]
+__all__ = ["FORMATS", "Interactions", "describe", "fingerprint", "load", "numbered"]
 
 _log = logging.getLogger(__name__)
 
